@@ -500,14 +500,18 @@ class Method(Generic[C]):
 
     def describe(self) -> Effect:
         """Return the effect of the adapter: an `Update` by `factors`, `delta` or `branch`, whichever the most derived
-        class defines. One with a `branch` cannot merge, for the reason `unmergeable`.
+        class defines. One with a `branch` alone cannot merge, for the reason `unmergeable`. Next to a `delta`, a
+        `branch` computes the product with ΔW on layers that take vectors.
 
         An override may depend on the site and the config only, since `effect` keeps the result.
         """
         hook = _find_last_override(type(self), "factors", "delta", "branch")
         if hook == "branch":
             return Update(branch=self.branch, why_unmergeable=self.unmergeable)
-        return Update(factors=self.factors) if hook == "factors" else Update(self.delta)
+        if hook == "factors":
+            return Update(factors=self.factors)
+        multiplies = hasattr(type(self), "branch") and self.site.multiplies_vectors
+        return Update(self.delta, branch=self.branch if multiplies else None)
 
     def leave_on_base(self, value: object) -> None:
         """Set the attribute `base_mark` of the base module to a calibration's result, for `take_from_base`."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import COUNT, FOURIER, BaseBias, LayerRange, Targets
-from graft.core.effect import Effect, Update
 from graft.core.method import COMPARISON, Method, PublishedRate
 from graft.kernels.transforms import Circulant, multiply_circulant
 from graft.methods.projections import indivisible
@@ -42,10 +41,6 @@ class C3A(Method[C3AConfig]):
     targets = FOURIER
 
     c3a_kernel: nn.Parameter  # (out / b, in / b, b)
-
-    def describe(self) -> Effect:
-        """Return an `Update` by `delta`; on layers that take vectors also with a `branch` that never forms ΔW."""
-        return Update(self.delta, branch=self.branch if self.site.multiplies_vectors else None)
 
     def check(self) -> str | None:
         """Return the reason of `Method.check`, or, only if that is None, that b = `block_size` does not divide the

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from graft.config.fields import COUNT, FanInFanOut, LayerRange, Targeted
 from graft.core.containers import Transient
-from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.kernels.eager import watched
@@ -51,10 +50,6 @@ class Spectral(Method[S]):
         A subclass overrides it: here NotImplementedError.
         """
         raise NotImplementedError
-
-    def describe(self) -> Effect:
-        """Return an `Update` by `delta`; on layers that take vectors also with a `branch` that need not form ΔW."""
-        return Update(self.delta, branch=self.branch if self.site.multiplies_vectors else None)
 
     def check(self) -> str | None:
         """Return the reason of `Method.check`, or, only if that is None, that `n_frequency` is above out · fan_in."""

@@ -265,6 +265,7 @@ class AdaMSS(Method[AdamssConfig]):
     weight_use = WeightUse.STARTS
     published_lr = PublishedRate(1e-4, 1e-4, COMPARISON)
     targets = ADAMSS
+    facts = ()
     tuner_methods = {"update_and_allocate": update_and_allocate}
 
     adamss_A: nn.ParameterList  # (rank, R) of each cluster

@@ -42,6 +42,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
     prefix = "mtllora_"
     unmergeable = "MTL-LoRA has weights for each task, and no weight is that of all tasks"
     targets = LORA
+    facts = ()
     depends_on = TASKS
     published_lr = PublishedRate(3e-4, 3e-4, "arXiv 2410.09437, its code, commonsense reasoning")
     only_linear = "MTL-LoRA adapts linear layers only"

@@ -94,6 +94,7 @@ class SDT(Method[SdtConfig]):
 
     prefix = "sdt_"
     ungrouped = "SDT has no factors for a convolution with groups"
+    facts = ()
     lays_out_stacks = True  # it takes none
     published_lr = PublishedRate(4e-3, 4e-3, "arXiv 2410.09016, Mamba of 130M parameters")
     targets = TARGETS["SDT"]  # A_log of their mixers as well

@@ -45,6 +45,7 @@ class SVFT(Method[SvftConfig]):
     prefix = "svft_"
     published_lr = PublishedRate(5e-2, 5e-2, "arXiv 2405.19597")
     targets = LORA
+    facts = ()
 
     svft_M: nn.Parameter  # (numbers,)
     svft_gate: nn.Parameter  # (1,): γ

@@ -73,6 +73,7 @@ class MixLoRA(Method[MixLoraConfig]):
 
     prefix = "mixlora_"
     fallback_targets = "all-linear"
+    facts = ()  # a router has none
     published_lr = PublishedRate(2e-4, 2e-4, "arXiv 2404.15159, its code, MoE-PEFT")
 
     mixlora_router: nn.Linear  # of an MLP: weight (experts, H)
@@ -152,7 +153,7 @@ class MixLoRA(Method[MixLoraConfig]):
         each = [E] if self.chosen else []
         A, B = torch.empty(*each, cfg.r, site.in_features), torch.empty(*each, site.out_features, cfg.r)
         dropout = make_dropout(cfg.lora_dropout)
-        return dict(mixlora_A=nn.Parameter(A), mixlora_B=nn.Parameter(B), mixlora_dropout=dropout)
+        return dict(r=cfg.r, mixlora_A=nn.Parameter(A), mixlora_B=nn.Parameter(B), mixlora_dropout=dropout)
 
     def init_values(self) -> None:
         """Fill a router with normal values of std `router_init_range`; else each A kaiming uniform (a=√5), B zeros.

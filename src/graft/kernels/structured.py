@@ -38,10 +38,8 @@ class Inputs(NamedTuple):
         """The matrix of the map as a dense tensor, (k r + s, in): blocks placed among zeros, then the weight of
         `general`.
         """
-        k, width, r = self.A.shape
-        chunks = self.A.unflatten(-1, (k, -1)).permute(2, 0, 3, 1)  # (j, n, chunk, in / k)
-        place = torch.eye(k, dtype=chunks.dtype, device=chunks.device)
-        blocks = (chunks[:, :, :, None] * place[:, None, :, None]).reshape(k * r, k * width)
+        rows = torch.block_diag(*self.A.mT)  # (n · j · chunk, in)
+        blocks = rows.unflatten(0, (len(self.A), len(self.A), -1)).transpose(0, 1).flatten(0, 2)
         return blocks if self.general is None else torch.cat((blocks, self.general.weight))
 
 
@@ -63,9 +61,7 @@ class Outputs(NamedTuple):
         """The matrix of the map as a dense tensor, (out, k r + s): blocks placed among zeros, then the weight of
         `general`.
         """
-        k, r, width = self.B.shape
-        place = torch.eye(k, dtype=self.B.dtype, device=self.B.device)
-        blocks = (self.B.mT[:, :, None] * place[:, None, :, None]).reshape(k * width, k * r)
+        blocks = torch.block_diag(*self.B.mT)
         return blocks if self.general is None else torch.cat((blocks, self.general.weight), 1)
 
 

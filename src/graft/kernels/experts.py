@@ -8,7 +8,7 @@ Rows are sorted by expert, and may have updates of their adapters. A packed stac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,6 @@ BUDGET = 2**28  # bytes of matrices that are dense at once, but at least one mat
 FEW = 4  # rows: smaller products run other kernels, so that a row's bits would depend on the other rows of its expert
 
 Span = tuple[int, int, int]  # an expert, its first row, and the row after its last
-
-
-class PackedMatrices(Protocol):
-    """A packed stack of matrices that returns single matrices."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The sizes (experts, out, in). A declaration only."""
-
-    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Sequence[Tensor]:
-        """Return the matrices (out, in) of these experts in `dtype`. A declaration only."""
 
 
 class LowRankUpdate(NamedTuple):
@@ -72,7 +61,9 @@ StackUpdate = LowRankUpdate | FormedUpdate
 class UpdatedStack(NamedTuple):
     """A stack of matrices, the updates of its adapters, and the bias of each product."""
 
-    matrices: Tensor | PackedMatrices  # (experts, out, in)
+    # (experts, out, in): a tensor, or packed matrices. These have a `shape` and `dense(experts, dtype)`, which returns
+    # the matrices of some experts as tensors.
+    matrices: Any
     parts: Sequence[StackUpdate] = ()
     bias: Tensor | None = None  # (experts, out)
 
@@ -245,7 +236,7 @@ class Maker(NamedTuple):
 class StackProduct(NamedTuple):
     """The facts of one product with a stack: its matrices, rows and updates."""
 
-    matrices: Tensor | PackedMatrices
+    matrices: Any  # as in `UpdatedStack`
     dtype: torch.dtype
     spans: list[Span]
     makers: list[Maker]

@@ -51,7 +51,7 @@ def test_facts_and_gates_stand_within_the_block():
 def test_rows_see_their_own():
     call = Call()
     with call.extend_context(facts={"a": FACT}):
-        with call.narrow_context(call.current_context().narrow(torch.tensor([2, 0]))):
+        with call.set_in_block("narrow", call.current_context().narrow(torch.tensor([2, 0]))):
             assert call.fact("a").tolist() == [2, 0]
         assert call.fact("a") is FACT
 

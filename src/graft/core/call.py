@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from threading import enumerate as enumerate_threads
 from threading import get_ident, local
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class AuxiliaryValue(NamedTuple):
     rows: Tensor | None  # indices into the batch rows; None: all rows
 
 
+T = TypeVar("T")
 Loss = Tensor | Callable[[], Tensor]  # (), or a function that returns it, which depends on parameters alone
 
 
@@ -91,7 +92,7 @@ class Call:
     def rows(self) -> Rows | None:
         """The batch rows of this thread's call and their adapters; None if it names none.
 
-        Ignores blocks of `disable_in_block`, `narrow_context` and backward passes.
+        Ignores blocks of `disable_in_block`, `narrow` and backward passes.
         """
         return self.thread_state.context.rows
 
@@ -99,7 +100,7 @@ class Call:
     def context(self) -> CallContext:
         """The context of this thread's call.
 
-        Ignores blocks of `disable_in_block`, `narrow_context` and backward passes.
+        Ignores blocks of `disable_in_block`, `narrow` and backward passes.
         """
         return self.thread_state.context
 
@@ -156,22 +157,26 @@ class Call:
         return self.use_context(context._replace(stacks=stacks, copies=copies, may_draw=may_draw))
 
     @contextmanager
-    def pass_to_layers(self, adapter: str, value: Tensor) -> Iterator[None]:
-        """Set the value that layers get from `value_from_block(adapter)` within the block, in this thread.
+    def set_in_block(self, name: str, value: T) -> Iterator[T]:
+        """Set the attribute `name` of this thread's state within the block, and yield `value`.
 
-        Afterwards, also on an error, restore the value of an outer block, or remove it; an outer None counts as no
-        value.
+        Afterwards, also on an error, restore the attribute's value from before the block.
         """
-        handed = self.thread_state.handed
-        before = handed.get(adapter)
-        handed[adapter] = value
+        state = self.thread_state
+        before = getattr(state, name)
+        setattr(state, name, value)
         try:
-            yield
+            yield value
         finally:
-            if before is None:
-                del handed[adapter]
-            else:
-                handed[adapter] = before
+            setattr(state, name, before)
+
+    def pass_to_layers(self, adapter: str, value: Tensor) -> AbstractContextManager[object]:
+        """Return a context manager that sets the value that layers get from `value_from_block(adapter)` within the
+        block, in this thread. Afterwards the values of before the block are restored.
+
+        The present values of other adapters are read when this function is called, not when the block is entered.
+        """
+        return self.set_in_block("handed", {**self.thread_state.handed, adapter: value})
 
     def value_from_block(self, adapter: str) -> Tensor | None:
         """Return the value that a surrounding `pass_to_layers` block of this thread set for an adapter; None without
@@ -179,19 +184,13 @@ class Call:
         """
         return self.thread_state.handed.get(adapter)
 
-    @contextmanager
-    def collect_values(self) -> Iterator[dict[str, list[AuxiliaryValue]]]:
-        """Collect the values that `record_value` gets in this thread within the block.
+    def collect_values(self) -> AbstractContextManager[dict[str, list[AuxiliaryValue]]]:
+        """Return a context manager that collects the values that `record_value` gets in this thread within the block.
 
-        Yields the dict from adapter to its values, filled as layers run. A nested block has a separate dict. Afterwards
-        the dict of an outer block, or None, is set again.
+        It yields the dict from adapter to its values, filled as layers run. A nested block has a separate dict.
+        Afterwards the dict of an outer block, or None, is set again.
         """
-        noted: dict[str, list[AuxiliaryValue]] = {}
-        before, self.thread_state.noted = self.thread_state.noted, noted
-        try:
-            yield noted
-        finally:
-            self.thread_state.noted = before
+        return self.set_in_block("noted", {})
 
     def record_value(self, adapter: str, layer: str, value: Tensor) -> None:
         """Record a value of a layer, per row or a parameter, for `Method.compute_auxiliary_loss`.
@@ -391,7 +390,7 @@ class Call:
     def current_context(self) -> CallContext:
         """Return the context for the layer that asks, in this order.
 
-        - Within `narrow_context`: that context.
+        - Within `narrow`: that context.
         - Within a backward pass, if a context is kept for any: the context of the pass's call.
         - Within `disable_in_block`: the context of disabled adapters. Else this thread's context.
 
@@ -410,17 +409,6 @@ class Call:
             self._drop_stale_contexts()
             self._remember_context(NOTHING)  # a forward pass of a layer without a call of the model
         return ALL_OFF if state.off else state.context
-
-    @contextmanager
-    def narrow_context(self, context: CallContext) -> Iterator[None]:
-        """Have layers of this thread see `context` instead of any other within the block, while they run some of the
-        rows. Afterwards restore the narrow context of an outer block, or none.
-        """
-        before, self.thread_state.narrow = self.thread_state.narrow, context
-        try:
-            yield
-        finally:
-            self.thread_state.narrow = before
 
     def _context_in_backward(self) -> CallContext:
         """Return the context of the call that the present backward pass differentiates.

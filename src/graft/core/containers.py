@@ -5,7 +5,7 @@ dtype.
 
 from __future__ import annotations
 
-from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Collection, Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -17,11 +17,16 @@ from graft.core.lean import ModuleDict, new_lean
 from graft.core.wrappers import collect_parameters, walk_unwrapped
 
 
-class BufferDict(nn.Module):
+class BufferDict(nn.Module, MutableMapping[str, Tensor]):
     """Buffers by name, as `nn.ParameterDict` has parameters.
+
+    Two containers are equal only if they are one object. `update`, `pop`, `keys`, `values`, `items` and the other
+    methods of a dict are those of `MutableMapping`.
 
     persistent: the state dict and checkpoints contain new buffers. `_store_value` sets this for each buffer separately.
     """
+
+    __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__  # not by entries, as mappings have it
 
     def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
         """Register the buffers of `buffers`, persistent or not as the container is."""
@@ -71,38 +76,15 @@ class BufferDict(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self._buffers)
 
-    def keys(self) -> KeysView[str]:
-        """Return a view of the buffers' names."""
-        return self._buffers.keys()
 
-    def values(self) -> ValuesView[Tensor | None]:
-        """Return a view of the buffers."""
-        return self._buffers.values()
-
-    def items(self) -> ItemsView[str, Tensor | None]:
-        """Return a view of pairs (name, buffer)."""
-        return self._buffers.items()
-
-    def update(self, buffers: Mapping[str, Tensor] | BufferDict | Iterable[tuple[str, Tensor]]) -> None:
-        """Set buffers from a mapping, another `BufferDict` or pairs (name, tensor), one by one as `self[name] =
-        tensor`.
-        """
-        pairs = buffers.items() if isinstance(buffers, (Mapping, BufferDict)) else buffers
-        for name, value in pairs:
-            self[name] = value  # type: ignore[assignment]
-
-    def pop(self, name: str) -> Tensor:
-        """Remove a buffer and return it. Raises KeyError if there is none of this name."""
-        value = self[name]
-        del self[name]
-        return value
-
-
-class AnyDict(nn.Module):
+class AnyDict(nn.Module, MutableMapping[str, Any]):
     """Modules, parameters and buffers by name.
 
-    It replaces another container if methods use its name for different kinds of values.
+    It replaces another container if methods use its name for different kinds of values. Two containers are equal only
+    if they are one object. `keys`, `pop` and the other methods of a dict are those of `MutableMapping`.
     """
+
+    __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__  # not by entries, as mappings have it
 
     def __init__(self, other: nn.ModuleDict | nn.ParameterDict | BufferDict) -> None:
         """Copy the entries of a container, without copying tensors.
@@ -168,16 +150,6 @@ class AnyDict(nn.Module):
 
     def __len__(self) -> int:
         return len(self._modules) + len(self._parameters) + len(self._buffers)
-
-    def keys(self) -> list[str]:
-        """Return a list of the names: first of modules, then of parameters, then of buffers."""
-        return list(self)
-
-    def pop(self, name: str) -> nn.Module | Tensor:
-        """Remove a value and return it. Raises KeyError if there is none of this name."""
-        value = self[name]
-        del self[name]
-        return value
 
 
 class Transient:

@@ -220,21 +220,6 @@ def widen(t: Tensor) -> Tensor:
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
-def weigh_effect(layer: Layer, m: Method, effect: Effect, weight: float) -> Effect:
-    """Return an effect that adds `weight` times the part that this one adds.
-
-    Raises:
-        RoutingError: the effect does more than add to the output, so that it cannot be weighed.
-    """
-    weighed_effect = effect.times(weight)
-    if weighed_effect is None:
-        raise RoutingError(
-            f"Adapter '{m.name}' of layer '{layer.site.key}' ({type(m).__name__}) does more than add to its output, so "
-            "that no average can weigh it. Use Stack, or leave it out."
-        )
-    return weighed_effect
-
-
 def weigh_steps(
     layer: Layer, steps: Sequence[tuple[Method, Effect]], weights: Mapping[str, float]
 ) -> list[tuple[Method, Effect]]:
@@ -246,9 +231,15 @@ def weigh_steps(
         RoutingError: a weighed adapter does more than add; or tensor parallelism cuts the layer, and a weighed adapter
             does not only add to its output.
     """
-    weighed_steps = [
-        (m, weigh_effect(layer, m, effect, weights[m.name]) if m.name in weights else effect) for m, effect in steps
-    ]
+    weighed_steps = []
+    for m, effect in steps:
+        weighed = effect.times(weights[m.name]) if m.name in weights else effect
+        if weighed is None:
+            raise RoutingError(
+                f"Adapter '{m.name}' of layer '{layer.site.key}' ({type(m).__name__}) does more than add to its "
+                "output, so that no average can weigh it. Use Stack, or leave it out."
+            )
+        weighed_steps.append((m, weighed))
     if layer.site.piece is not None and not all([effect.additive for m, effect in weighed_steps if m.name in weights]):
         raise RoutingError(
             f"Layer '{layer.site.key}' is cut by tensor parallelism, where an average takes adapters that only add to "

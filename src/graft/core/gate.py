@@ -20,7 +20,7 @@ A call therefore sees one state of the model from its beginning to its end.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import wraps
 from threading import Condition, RLock, get_ident
 from threading import enumerate as enumerate_threads
@@ -320,15 +320,13 @@ class Gate:
                     "further calls and disable_adapter() blocks."
                 )
 
-    def _all_calls(self) -> list[RunningCall]:
+    def _all_calls(self) -> Iterator[RunningCall]:
         """Return the running calls of all threads: of each thread the innermost first, then the calls around it."""
-        calls = []
         for call in list(self.calls.values()):
             nested: RunningCall | None = call
             while nested is not None:
-                calls.append(nested)
+                yield nested
                 nested = nested.outer
-        return calls
 
     def describe_calls(self, but: int | None = None) -> str:
         """Return the innermost running call of each thread as a text, separated by "; ". "" if none runs.

@@ -120,11 +120,12 @@ class Holding:
                 if isinstance(container, dict) or not (is_module or isinstance(value, (Tensor, Transient))):
                     raise self._name_conflict(method, key, kind)
                 container = self._widen_container(key, container)
-            if type(container) is AnyDict:
-                container[adapter] = value
-                slots += iter_slots(key, container, adapter)
+            if isinstance(container, dict):
+                self.set_facts(adapter, **{key: value})
                 continue
-            if is_module:
+            if not is_module or type(container) is AnyDict:
+                store_value(container, adapter, value)
+            else:
                 container._modules[adapter] = value
                 if not value._modules and not value._buffers:
                     trains = not (training or method.cfg.inference_mode) and isinstance(value, MODELESS)
@@ -135,14 +136,8 @@ class Holding:
                             slots.append(
                                 Slot(key, name, value, name, where, True, p.requires_grad, True, by_adapter, value)
                             )
-                else:
-                    value.train(training)
-                    slots += iter_slots(key, container, adapter)
-                continue
-            if isinstance(container, dict):
-                self.set_facts(adapter, **{key: value})
-                continue
-            store_value(container, adapter, value)
+                    continue
+                value.train(training)
             slots += iter_slots(key, container, adapter)
         for key, container in method.empty.items():
             if key not in modules and key not in attributes:

@@ -21,7 +21,7 @@ from torch.compiler import is_dynamo_compiling
 
 from graft.core import merging
 from graft.core.call import Call
-from graft.core.carrier import Carrier, CarrierState
+from graft.core.carrier import Carrier, CarrierState, check_not_merged
 from graft.core.errors import ConfigError, PeftWarning, RoutingError, UnsupportedLayerError, warn
 from graft.core.folding import WeightChange, compute_change, why_not_in_weight
 from graft.core.gate import ForkSafeLock, all_adapters, changes
@@ -161,10 +161,7 @@ class Host(Holding, Carrier, nn.Module):
             ValueError: the adapter is merged. Nothing is deleted then.
         """
         state, methods = self.state, self.methods
-        if adapter in state.merged:
-            raise ValueError(
-                f"Cannot delete adapter(s) ['{adapter}'] while they are merged. Please unmerge them first."
-            )
+        check_not_merged([adapter], state.merged)
         self.drop_values(adapter)
         methods.pop(adapter, None)
         if not methods or len(self.kinds) > 1:
@@ -330,11 +327,9 @@ class AdapterLayer(PeftNames, Host):
 
         Waits until no call of the model runs; raises InUseError if that takes too long.
         """
-        state = self.state
-        if not enabled and state.merged:
+        if not enabled and self.state.merged:
             self.unmerge()
-        state.disabled = not enabled
-        self.refresh_plan()
+        super().enable_adapters(enabled)
 
     # the base weight
 

@@ -57,7 +57,10 @@ def _reader(name: str) -> property:
             # facts are in plain dicts
             return (attributes[name] if name in attributes else attributes["_modules"][name])[self.name]
         except (KeyError, AttributeError):  # the second: an empty container of Parameters
-            raise _not_built(self, name) from None
+            raise TypeError(  # no AttributeError: Python would call `__getattr__`
+                f"{type(self).__name__} declares '{name}', and has none for adapter '{self.name}' on layer "
+                f"'{self.site.key}'. Let build() return it there, or check first whether there is one."
+            ) from None
 
     return property(read)
 
@@ -68,14 +71,6 @@ def _config_of(cls: type) -> type | None:
     """
     args = (arg for base in vars(cls).get("__orig_bases__", ()) for arg in get_args(base))
     return next((arg for arg in args if isinstance(arg, type)), None)
-
-
-def _not_built(method: Method, name: str) -> TypeError:  # no AttributeError: Python would call `__getattr__`
-    """Return the TypeError for a declared value that `build` did not return, with adapter and layer."""
-    return TypeError(
-        f"{type(method).__name__} declares '{name}', and has none for adapter '{method.name}' on layer "
-        f"'{method.site.key}'. Let build() return it there, or check first whether there is one."
-    )
 
 
 class WeightUse(Flag):
@@ -196,9 +191,8 @@ class Method(Generic[C]):
     surrounds_disabled: ClassVar[bool] = False  # `surround_run` acts with adapters disabled, too
     has_labelled_loss: ClassVar[bool] = False  # `surround_run` adds one of the labels in the call
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call, for the method; not passed to the base model
-    depends_on: ClassVar[str | None] = (
-        None  # the argument of a call that its update follows, and which `effect_at` fixes
-    )
+    # the argument of a call that its update follows, and which `effect_at` fixes
+    depends_on: ClassVar[str | None] = None
     over_layers: ClassVar[str | None] = None  # its work on all layers, for errors; then one adapter trains at a time
     joins_weights: ClassVar[str | None] = None  # its work on the base weights of all layers, for errors
     published_lr: ClassVar[PublishedRate | None] = None  # None: its source names none
@@ -505,7 +499,7 @@ class Method(Generic[C]):
 
         An override may depend on the site and the config only, since `effect` keeps the result.
         """
-        hook = _find_last_override(type(self), "factors", "delta", "branch")
+        hook = next(hook for kind in type(self).__mro__ for hook in EQUIVALENT_HOOKS[1] if hook in vars(kind))
         if hook == "branch":
             return Update(branch=self.branch, why_unmergeable=self.unmergeable)
         if hook == "factors":
@@ -593,19 +587,6 @@ def build_placeholders(method: Method, shared: dict[str, object]) -> dict[str, o
 def return_unchanged(output: T) -> T:
     """Return the argument."""
     return output
-
-
-def _find_last_override(cls: type, *hooks: str) -> str:
-    """Return the hook of `hooks` that the most derived class defines, the first of `hooks` if that class defines
-    several.
-
-    Raises AttributeError if no class defines one.
-    """
-    for base in cls.__mro__:
-        for hook in hooks:
-            if hook in vars(base):
-                return hook
-    raise AttributeError(hooks)
 
 
 def _check_overrides(cls: type[Method]) -> None:

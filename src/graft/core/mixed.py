@@ -41,6 +41,7 @@ from graft.core.plan import (
     put_input_first,
     run_tapped,
 )
+from graft.core.random import AdapterGenerators
 from graft.core.rows import CallContext, JointAdapters, Key, Rows, adapters_in
 from graft.kernels.eager import autocast_dtype, eager, has_no_hooks
 from graft.kernels.experts import StackUpdate
@@ -186,7 +187,8 @@ class MixedPlan:
             if self.routes and (len(rows.segments) > 1 or layer.call.current_context().draws is not None):
                 if not all(plan.adds for _, plan in self.folded_plans):
                     check_no_gates(layer)
-                return layer.site.experts.run_updated(layer, args, kwargs, self.make_stack_updates, rows)
+                make = partial(make_stack_updates, self.folded_plans)
+                return layer.site.experts.run_updated(layer, args, kwargs, make, rows)
             one = self.find_single_plan(rows)
             return layer.base_module(*args, **kwargs) if one is None else one.run(*args, **kwargs)
         if self.input_plan is not None:
@@ -222,11 +224,7 @@ class MixedPlan:
         if context.draws is not None or any(isinstance(key, JointAdapters) for key in rows.groups):
             layer.site.experts.refuse_rows(layer.site.key)
         plans = {name: plan for name in layer.methods if isinstance(plan := layer.plan_for((name,)), FoldedPlan)}
-
-        def make(tokens: int) -> list[StackUpdate]:
-            """Return the updates of all adapters, each with the adapter's number as its group."""
-            return [u for i, plan in enumerate(plans.values()) for u in plan.make_stack_updates(tokens, i)]
-
+        make = partial(make_stack_updates, [*enumerate(plans.values())])
         return layer.site.experts.run_updated(layer, args, kwargs, make, rows, [*plans])
 
     def run_groups(
@@ -244,20 +242,8 @@ class MixedPlan:
         no known type, other than a norm, runs once for the whole batch, and rows without adapters get its output.
         Outputs of heads are padded to one width. Returns rows in the batch's order.
         """
-        layer, draws = self.layer, context.draws if self.layer.training else None
-        ticket: list[int] = []  # of this run, drawn when an adapter first draws
-
-        def drawing(key: Key) -> AbstractContextManager[None]:
-            """Return a context: within it, `key` draws from its generator on x's device, with the ticket of this run.
-
-            The first call draws the ticket. Without generators, and for JointAdapters, the context does nothing.
-            """
-            if draws is None or isinstance(key, JointAdapters):
-                return nullcontext()
-            if not ticket:
-                ticket.append(draws.ticket())
-            return draws.use_generator(key, ticket[0], x.device)
-
+        layer = self.layer
+        drawing = partial(self.draw_for, device=x.device, draws=context.draws, tickets=[])
         x, stacks = rows.sort_by_adapter(x), context.stacks
         may_share = context.gates is None and not (args or kwargs) and self.may_share(x)
         if may_share and stacks is not None and (groups := self.find_cached_groups(stacks, rows, x)) is not None:
@@ -298,7 +284,7 @@ class MixedPlan:
         return autocast_dtype(x.device) is None and is_at_line(x)
 
     def make_segments(
-        self, rows: Rows, x: Tensor, drawing: Callable[[Key], AbstractContextManager[None]]
+        self, rows: Rows, x: Tensor, drawing: Callable[[Key], AbstractContextManager[object]]
     ) -> list[Segment | None]:
         """Return one segment for each group of rows of x; None for a group that cannot share the base's call.
 
@@ -391,10 +377,6 @@ class MixedPlan:
             return y
         return segments_linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, groups)
 
-    def make_stack_updates(self, tokens: int) -> list[StackUpdate]:
-        """Return the updates of a stack by all plans, each for its group of rows, for a batch of so many tokens."""
-        return [update for i, plan in self.folded_plans for update in plan.make_stack_updates(tokens, i)]
-
     def find_single_plan(self, rows: Rows) -> LayerPlan | None:
         """Return the plan that all rows use, of a weight that its module uses in its own ways.
 
@@ -438,9 +420,9 @@ class MixedPlan:
             for n, index in rows.to_device(x.device).segments
             if self.plans[n] is not None
         ]
-        inner, inputs = x, []
+        inner, inputs, draws = x, [], self.layer.call.current_context().draws
         for name, plan, index in adapted:
-            with self.narrow_facts(index), self.draw_for(name, x.device):
+            with self.narrow_facts(index), self.draw_for(name, x.device, draws, []):
                 adapter_input, seen = plan.apply_pre(x.index_select(0, index))
             inputs.append(seen)
             if adapter_input is not seen[-1]:
@@ -452,39 +434,44 @@ class MixedPlan:
             Facts are those of the rows, draws those of the adapter's generator.
             """
             for (name, plan, index), seen in zip(adapted, inputs):
-                with self.narrow_facts(index), self.draw_for(name, x.device):
+                with self.narrow_facts(index), self.draw_for(name, x.device, draws, []):
                     adapter_output = plan.apply_post(seen, y.index_select(0, index))
                 y = y.index_copy(0, index, adapter_output)
             return y
 
         return change_first_output(call(inner), after)
 
-    def narrow_facts(self, index: Tensor) -> AbstractContextManager[None]:
+    def narrow_facts(self, index: Tensor) -> AbstractContextManager[object]:
         """Return a context where the layer sees gates and facts of the rows at `index` alone."""
         call = self.layer.call
-        return call.narrow_context(call.current_context().narrow(index))
+        return call.set_in_block("narrow", call.current_context().narrow(index))
 
-    def draw_for(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
-        """Return a context where the adapter draws from its own generator on `device`, with a new ticket.
+    def draw_for(
+        self, key: Key, device: torch.device, draws: AdapterGenerators | None, tickets: list[int]
+    ) -> AbstractContextManager[object]:
+        """Return a context where the adapter draws from its own generator of `draws` on `device`.
 
-        A no-op for JointAdapters, if the layer is in eval mode, and if the call has no generators. The block must not
-        contain calls of other layers.
+        A no-op for JointAdapters, if the layer is in eval mode, and if `draws` is None. The block must not contain
+        calls of other layers.
+
+        tickets: holds the ticket of this run, or nothing; then a new ticket is drawn into it.
         """
-        draws = self.layer.call.current_context().draws if self.layer.training else None
-        if draws is None or isinstance(key, JointAdapters):
+        if draws is None or not self.layer.training or isinstance(key, JointAdapters):
             return nullcontext()
-        return draws.use_generator(key, draws.ticket(), device)
+        if not tickets:
+            tickets.append(draws.ticket())
+        return draws.use_generator(key, tickets[0], device)
 
-    def narrow_to_rows(self, index: Tensor, key: Key) -> AbstractContextManager[None]:
+    def narrow_to_rows(self, index: Tensor, key: Key) -> AbstractContextManager[object]:
         """Return a context where layers within the module see a batch of the rows at `index`, which all use `key`.
 
         Adapters draw from torch's generator within it.
         """
         call, n = self.layer.call, len(index)
         rows = Rows.from_groups(n, {key: list(range(n))}, index.device)
-        return call.narrow_context(call.current_context().narrow(index)._replace(rows=rows, draws=None))
+        return call.set_in_block("narrow", call.current_context().narrow(index)._replace(rows=rows, draws=None))
 
-    def hide_idle_adapters(self, rows: Rows) -> AbstractContextManager[None]:
+    def hide_idle_adapters(self, rows: Rows) -> AbstractContextManager[object]:
         """Return a context where rows of adapters without a plan on this layer count as rows of the base model.
 
         So a part of the model that runs once more for this layer's adapters draws no random numbers for others. A no-op
@@ -496,7 +483,7 @@ class MixedPlan:
         for key, group_rows in rows.groups.items():
             groups.setdefault(None if self.plans[key] is None else key, []).extend(group_rows)
         call, rows = self.layer.call, Rows.from_groups(rows.batch, groups, rows.order.device)
-        return call.narrow_context(call.current_context()._replace(rows=rows))
+        return call.set_in_block("narrow", call.current_context()._replace(rows=rows))
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Return y, the base's output for x, with each adapter's part added to its rows.
@@ -522,7 +509,7 @@ class MixedPlan:
             if plan is None:
                 continue
             adapter_input, adapter_output = x.index_select(0, index), y.index_select(0, index)
-            with self.draw_for(name, x.device):
+            with self.draw_for(name, x.device, context.draws, []):
                 if gates is None and not facts and not self.tapped and self.input_plan is None:
                     adapter_output = plan.add(adapter_input, adapter_output, fuse)
                 else:
@@ -555,6 +542,13 @@ class MixedPlan:
                 return None
             factors.append((*fused.absorb_vectors(plain[0], plain[1], f), plain[2]))
         return add_groups(y, x, factors, order, sizes, in_order) if can_add_groups(y, x, factors, sizes) else None
+
+
+def make_stack_updates(plans: Sequence[tuple[int, FoldedPlan]], tokens: int) -> list[StackUpdate]:
+    """Return the updates of a stack by all plans, pairs of the number of a group of rows and its plan, for a batch of
+    so many tokens.
+    """
+    return [update for group, plan in plans for update in plan.make_stack_updates(tokens, group)]
 
 
 def pad_outputs(outputs: list[Any], key: str) -> list[Tensor]:

@@ -470,6 +470,8 @@ class Rewrite(Effect):
     block: bool = False
     tapped: bool = False
 
+    additive: ClassVar[bool] = False  # it does more than add to the output
+
     def __post_init__(self) -> None:
         """Check the fields, make `post` from `part` and `pre` from `ahead`.
 
@@ -488,11 +490,6 @@ class Rewrite(Effect):
             object.__setattr__(self, "pre", partial(add_part, ahead))
         if self.merged is refuse_merge and self.why_unmergeable is None:
             object.__setattr__(self, "why_unmergeable", NO_WEIGHT)
-
-    @property
-    def additive(self) -> bool:
-        """False: a rewrite does more than add to the output."""
-        return False
 
     @property
     def only_adds_on_top(self) -> bool:
@@ -549,10 +546,7 @@ class Tap(Effect):
     readers: tuple[str, ...]
     why_unmergeable: str | None = field(default="a layer that runs later reads its input", kw_only=True)
 
-    @property
-    def adapts_any_module(self) -> bool:
-        """True: any module has an input to store."""
-        return True
+    adapts_any_module: ClassVar[bool] = True  # any module has an input to store
 
     def times(self, weight: float) -> Effect:
         """Return the tap itself: it adds nothing to weigh."""
@@ -571,11 +565,7 @@ class Replace(Effect):
     acts_elsewhere: bool = field(default=False, kw_only=True)
 
     whole: ClassVar[bool] = True
-
-    @property
-    def additive(self) -> bool:
-        """False: it replaces the layer's output."""
-        return False
+    additive: ClassVar[bool] = False  # it replaces the layer's output
 
     def times(self, weight: float) -> Effect | None:
         """Return the effect itself if it `acts_elsewhere`, so that no weight applies; else None."""

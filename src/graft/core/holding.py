@@ -51,22 +51,8 @@ class Holding:
     site: Site
     _modules: dict[str, Any]
 
-    def hold(self, method: Method, values: dict[str, object]) -> None:
-        """Store the values that `Method.build` returned in containers, and list the slots of the tensors.
-
-        After any error the values of this adapter are removed again, and the error continues.
-
-        Raises:
-            TypeError: the layer cannot hold the values.
-        """
-        try:
-            self._hold(method, values)
-        except BaseException:
-            self.drop_values(method.name)
-            raise
-
-    def _hold(self, method: Method, values: dict[str, Any]) -> None:
-        """Store the values of an adapter by container name; after an error some are stored.
+    def hold(self, method: Method, values: dict[str, Any]) -> None:
+        """Store the values that `Method.build` returned by container name; after an error some are stored.
 
         - A fact (exactly a float, int, bool, str or None) goes into a dict; a new dict refuses changes unless the
           method computes with it (`computes_with`). So does a value of another kind that is no tensor, into a plain

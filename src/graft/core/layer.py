@@ -130,7 +130,7 @@ class Host(Holding, Carrier, nn.Module):
 
         Sets `method.layer`, puts the values into containers and drops plans that name the adapter. A config class that
         is new here is appended to `kinds`. It does not activate it. Methods are only compared where one of the two has
-        `checks_compatibility`.
+        `checks_compatibility`. If storing the values fails, they are removed again, and the error of `hold` continues.
 
         Raises:
             ConfigError: the method and one on the layer are incompatible (`why_incompatible`). Nothing has changed
@@ -143,7 +143,11 @@ class Host(Holding, Carrier, nn.Module):
             if why is not None:
                 raise ConfigError(f"{why}: '{method.name}' next to '{present.name}', on layer '{self.site.key}'.")
         method.layer = self
-        self.hold(method, method.build_declared() | values)
+        try:
+            self.hold(method, method.build_declared() | values)
+        except BaseException:
+            self.drop_values(method.name)
+            raise
         self.methods[method.name] = method
         if method.config not in self.kinds:
             self.kinds.append(method.config)

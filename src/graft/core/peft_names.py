@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -301,19 +301,14 @@ class PeftNames:
         Warns if its method has no scaling; does nothing if the layer does not carry it. Raises ConfigError if `scale`
         is not finite.
         """
-        check_scale(self, scale)
-        if adapter in self.scaling_at_start:
-            self.scaling[adapter] = scale * self.scaling_at_start[adapter]
-        elif adapter in self.methods:
-            warn_no_scaling(self, adapter)
+        rescale(self, [adapter], scale, lambda name: scale * self.scaling_at_start[name], changes=True)
 
     def scale_layer(self: Layer, scale: float) -> None:
         """Multiply the present scaling of the active adapters by `scale`.
 
         Warns for methods without scaling, unless `scale` is 1. Raises ConfigError if `scale` is not finite.
         """
-        check_scale(self, scale)
-        rescale(self, lambda adapter: self.scaling[adapter] * scale, changes=scale != 1)
+        rescale(self, self.state.active, scale, lambda name: self.scaling[name] * scale, changes=scale != 1)
 
     def unscale_layer(self: Layer, scale: float | None = None) -> None:
         """Divide the present scaling of the active adapters by `scale`; set it to the configured one if `scale` is
@@ -324,9 +319,12 @@ class PeftNames:
         Raises:
             ConfigError: `scale` is 0, or not finite.
         """
-        check_scale(self, scale, divides=True)
-        start = self.scaling_at_start
-        rescale(self, lambda a: start[a] if scale is None else self.scaling[a] / scale, changes=scale not in (None, 1))
+
+        def unscale(adapter: str) -> float:
+            """Return the adapter's configured scaling if `scale` is None, else the present one divided by it."""
+            return self.scaling_at_start[adapter] if scale is None else self.scaling[adapter] / scale
+
+        rescale(self, self.state.active, scale, unscale, changes=scale not in (None, 1), divides=True)
 
     # names and repr
 
@@ -365,29 +363,28 @@ class PeftNames:
         return f"{parameter}adapters={list(self.methods)}, active={self.state.active}"
 
 
-def rescale(layer: Layer, new: Callable[[str], float], changes: bool) -> None:
-    """Set the scaling of each active adapter of a layer to `new(adapter)`.
+def rescale(
+    layer: Layer,
+    adapters: Iterable[str],
+    scale: float | None,
+    new: Callable[[str], float],
+    changes: bool,
+    divides: bool = False,
+) -> None:
+    """Set the scaling of these adapters of a layer to `new(adapter)`.
 
-    A method without scaling is left alone, with a warning if `changes`: the scaling may differ from the present one.
-    Active names that the layer does not carry are ignored.
-    """
-    for adapter in layer.state.active:
-        if adapter in layer.scaling_at_start:
-            layer.scaling[adapter] = new(adapter)
-        elif adapter in layer.methods and changes:
-            warn_no_scaling(layer, adapter)
+    A method without scaling is left alone, with a PeftWarning if `changes`: the scaling may differ from the present
+    one. Names that the layer does not carry are ignored. Tensors and None as `scale` are not checked: the host would
+    have to wait for a tensor's device.
 
-
-def check_scale(layer: Layer, scale: float | None, divides: bool = False) -> None:
-    """Raise ConfigError if a factor for scalings of a layer is an infinite or NaN number, or is 0 and `divides`.
-
-    Tensors and None pass: the host would have to wait for a tensor's device.
+    Raises:
+        ConfigError: `scale`, a factor for scalings, is an infinite or NaN number, or is 0 and `divides`.
     """
     if isinstance(scale, (int, float)) and not (is_finite(scale) and (scale or not divides)):
         raise ConfigError(f"Layer '{layer.site.key}' cannot scale an adapter by {scale}. Give another number.")
-
-
-def warn_no_scaling(layer: Layer, adapter: str) -> None:
-    """Warn (PeftWarning) that the method of this adapter has no scaling, so that the call is ignored."""
-    name = type(layer.methods[adapter]).__name__
-    warn(f"Scaling has no meaning for {name} adapters (layer '{layer.site.key}'): ignored.", PeftWarning)
+    for adapter in adapters:
+        if adapter in layer.scaling_at_start:
+            layer.scaling[adapter] = new(adapter)
+        elif adapter in layer.methods and changes:
+            name = type(layer.methods[adapter]).__name__
+            warn(f"Scaling has no meaning for {name} adapters (layer '{layer.site.key}'): ignored.", PeftWarning)

@@ -33,8 +33,7 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
         super().__init__()
         self.persistent = persistent
         self._in_checkpoint: dict[str, bool] = {}  # whether checkpoints contain a buffer
-        for name, value in (buffers or {}).items():
-            self[name] = value
+        self.update(buffers or {})
 
     def is_in_checkpoint(self, name: str) -> bool:
         """Return True if a checkpoint holds the buffer: as `_store_value` noted for it, else `persistent`."""

@@ -552,11 +552,6 @@ def _take_snapshot(layer: Layer) -> object:
     return layer.base_weight.snapshot()
 
 
-def _copy_bias(bias: Tensor | None) -> Tensor | None:
-    """Return a detached copy of a bias; None for None."""
-    return None if bias is None else bias.detach().clone()
-
-
 @torch.no_grad()
 def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
     """Write the steps into the base weight and bias. If `undoable`, append to `state.undo` how to undo that.
@@ -603,21 +598,18 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
     shifted = None if bias is old else bias
     if shifted is not None and old is None:
         raise NotImplementedError(_no_bias_text(layer, names))
-    if all([effect.keeps_weight for _, effect in steps]):
-        if undoable:
-            state.undo.append(("bias", None, _copy_bias(old)))
-        if shifted is not None:
-            layer.write_bias(shifted)
-        return
+    keeps_weight = all([effect.keeps_weight for _, effect in steps])
     if undoable:
-        state.undo.append(("restore", _take_snapshot(layer), None if shifted is None else _copy_bias(old)))
-    rounded = wide.to(before.dtype)
-    if layer.store.exact and rounded is not wide:
-        # before writing, which may change the tensor that was read
-        state.survived.append(measure_survival(before, wide))
-    layer.base_weight.write(rounded)
-    if not layer.store.exact:
-        state.survived.append(measure_survival(before, wide, layer.weight_now))
+        kind, kept = ("bias", None) if keeps_weight else ("restore", _take_snapshot(layer))
+        state.undo.append((kind, kept, None if shifted is None or old is None else old.detach().clone()))
+    if not keeps_weight:
+        rounded = wide.to(before.dtype)
+        if layer.store.exact and rounded is not wide:
+            # before writing, which may change the tensor that was read
+            state.survived.append(measure_survival(before, wide))
+        layer.base_weight.write(rounded)
+        if not layer.store.exact:
+            state.survived.append(measure_survival(before, wide, layer.weight_now))
     if shifted is not None:
         layer.write_bias(shifted)
 

@@ -560,8 +560,7 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
       undone by subtracting copies of the factors, others by a snapshot.
     - The steps can fold matrix by matrix (`_make_matrix_fold`): the stack is made anew, and restored into the layer.
     - No step changes the weight: only the bias is written, if it shifts.
-    - Else the folded weight is written, in its dtype, and a shifted bias. If the store returns another module, that
-      becomes the base layer.
+    - Else the folded weight is written, in its dtype, and a shifted bias.
 
     Appends the share of the update that survived to `state.survived` where writing rounds.
 

@@ -111,8 +111,8 @@ def build_carriers(job: InjectionJob) -> None:
     Corrects `fan_in_fan_out` in the config, with a warning. Warns if an offloaded bias trains from the start.
 
     With a team of processes that hold one model together, all of them get equal values, or compare those of a
-    checkpoint. Methods of tied modules take the tensors of the embedding's method. On any error `job.undo()` takes
-    everything back before the error continues; a checkpoint that asks for too much is refused before anything is made.
+    checkpoint. Methods of tied modules take the tensors of the embedding's method. After an error the
+    caller has to call `job.undo()`. A checkpoint that asks for too much is refused before anything is made.
 
     Raises:
         CheckpointError: the checkpoint does not fit, or its config asks for far more numbers than it holds.
@@ -124,33 +124,29 @@ def build_carriers(job: InjectionJob) -> None:
     before = set(job.shared.containers)
     job.takebacks.append(lambda: job.shared.remove_containers(set(job.shared.containers) - before))
     set_fan_in_fan_out(job.cfg, [method.site for method in job.local_methods.values()])
-    try:
-        for i, bias in enumerate(job.biases):
-            if isinstance(bias, nn.Module):
-                job.biases[i], release = make_bias_parameter(bias)
-                job.takebacks.append(release)
-        if job.method.shares:
-            make_shared_tensors(job)
-        if job.tree.absent:
-            check_stage_independence(job)
-        add_layers(job)
-        if job.biases and values is None:
-            warn_of_offloaded_biases(job.biases, job.model, job.adapter, job.cfg.bias)
-        if job.beside:
-            add_heads_and_rows(job)
-        if values is not None:
-            match = partial(values.match_entries, job.parts, job.adapter)
-            assign_values(job.parts, job.adapter, match() if job.team is None else job.team.run_on_all(match))
-        elif related := [layer for layer in job.layers.values() if layer.methods[job.adapter].lenders]:
-            share_lent_tensors(related, job.adapter)
-        if job.team is not None:
-            synchronize_tensors(job.parts, job.adapter, job.team, values is not None)
-        for method in job.methods.values():
-            if method.source is not None:
-                method.tie_to_embedding(method.source)
-    except BaseException:
-        job.undo()
-        raise
+    for i, bias in enumerate(job.biases):
+        if isinstance(bias, nn.Module):
+            job.biases[i], release = make_bias_parameter(bias)
+            job.takebacks.append(release)
+    if job.method.shares:
+        make_shared_tensors(job)
+    if job.tree.absent:
+        check_stage_independence(job)
+    add_layers(job)
+    if job.biases and values is None:
+        warn_of_offloaded_biases(job.biases, job.model, job.adapter, job.cfg.bias)
+    if job.beside:
+        add_heads_and_rows(job)
+    if values is not None:
+        match = partial(values.match_entries, job.parts, job.adapter)
+        assign_values(job.parts, job.adapter, match() if job.team is None else job.team.run_on_all(match))
+    elif related := [layer for layer in job.layers.values() if layer.methods[job.adapter].lenders]:
+        share_lent_tensors(related, job.adapter)
+    if job.team is not None:
+        synchronize_tensors(job.parts, job.adapter, job.team, values is not None)
+    for method in job.methods.values():
+        if method.source is not None:
+            method.tie_to_embedding(method.source)
 
 
 def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[TensorWriter, Tensor]]) -> None:

@@ -109,9 +109,8 @@ def resolve_job(job: InjectionJob) -> None:
         source = key.rpartition(".")[0] if key in job.along else job.tied.get(key, key)
         method_config, source = (cfg, source) if job.steps is None else job.steps.get_site_config(source)
         kind = variant if method_config is cfg else method.variant(method_config)
-        method_on_site = job.methods[key] = make_method(
-            site, kind, method_config.at(source), adapter
-        )  # patterns name the target
+        # patterns name the target
+        method_on_site = job.methods[key] = make_method(site, kind, method_config.at(source), adapter)
         if source != key:
             method_on_site.config_path, method_on_site.via_container = source, key in job.along
         if key in tied:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from torch import nn
 
@@ -49,22 +49,20 @@ class Injection(InjectionJob):
             DistributedError: a process of a sharded base does not come, or with another adapter.
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
         """
-        with self.restructure_model():
+        with self.restructure_model(), ExitStack() as on_error:
             with pause_collector(), gather_warnings() as say:
                 self.find()
                 if self.team is not None:
                     self.team.meet(
                         self.adapter, self.cfg, [*self.methods, *self.beside], self.options.values is not None
                     )
+                on_error.callback(self.undo)
                 with draw_alike(self.team):
                     build.build_carriers(self)
-            try:
-                say()
-                with self.call.gate.change("a change", ()):  # waits until no call of the model runs
-                    pass
-            except BaseException:
-                self.undo()
-                raise
+            say()
+            with self.call.gate.change("a change", ()):  # waits until no call of the model runs
+                pass
+            on_error.pop_all()
             self.commit()
         self.config.__dict__.update(self.cfg.__dict__)
         return self
@@ -100,14 +98,12 @@ class Injection(InjectionJob):
         undo = self.method.restructure(self.config, self.model)
         if undo is not None:
             self.tree = None  # type: ignore[assignment]  # the survey shows the model before the change
-        try:
-            yield
-        except BaseException:
+        with ExitStack() as at_end:
             if undo is not None:
-                undo()
-            raise
-        if undo is not None and not keep:
-            undo()
+                at_end.callback(undo)
+            yield
+            if keep:
+                at_end.pop_all()
 
     def commit(self) -> None:
         """Attach the new layers and wrappers to the model, in each place that its module has. Nothing here can fail.

@@ -80,12 +80,9 @@ class InjectionJob:
     tied: dict[str, str] = field(default_factory=dict)  # path of a module tied to the embedding → path of that
     methods: dict[str, Method] = field(default_factory=dict)  # by path: of the targets, and of modules tied to them
     beside: dict[str, Head | TrainableTokens] = field(default_factory=dict)  # heads and token rows, by path
-    order: dict[str, Method] = field(
-        default_factory=dict
-    )  # all methods that draw initial values, in the model's order, also those of other stages
-    biases: list[nn.Parameter | nn.Module] = field(
-        default_factory=list
-    )  # biases that train; for a packed one its layer
+    # all methods that draw initial values, in the model's order, also those of other stages
+    order: dict[str, Method] = field(default_factory=dict)
+    biases: list[nn.Parameter | nn.Module] = field(default_factory=list)  # that train; for a packed one its layer
 
     # set by `build.build_carriers`
     layers: dict[str, AdapterLayer] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
@@ -221,12 +221,10 @@ def use_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
     Afterwards each module has its own mode back.
     """
-    before = read_modes(model)
-    model.train(training)
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(restore_modes, read_modes(model))
+        model.train(training)
         yield
-    finally:
-        restore_modes(before)
 
 
 @contextmanager
@@ -235,12 +233,10 @@ def restore_modes_on_error(model: nn.Module) -> Iterator[None]:
 
     Without an error the modes stay.
     """
-    before = read_modes(model)
-    try:
+    with ExitStack() as on_error:
+        on_error.callback(restore_modes, read_modes(model))
         yield
-    except BaseException:
-        restore_modes(before)
-        raise
+        on_error.pop_all()
 
 
 def read_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:

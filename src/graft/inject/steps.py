@@ -261,17 +261,10 @@ class ReplacedSteps:
     # the work of the original steps
 
     def record_call(
-        self,
-        cfg: PeftConfig,
-        adapter: str,
-        target: Any,
-        name: str,
-        parent: Any,
-        key: str | None,
-        parameter: str | None,
+        self, cfg: PeftConfig, adapter: str, target: Any, place: tuple[Any, str], key: str | None, parameter: str | None
     ) -> None:
         """Add the site of `target`, or of its parameter, to `job.sites`, and the config of this call of the original
-        `_create_and_replace` to `noted`, a copy if it differs from the adapter's.
+        `_create_and_replace` to `noted`, a copy if it differs from the adapter's. `place` is (parent, name there).
 
         An error is kept in `refused` as well, so that `_ask` raises it if the replacement catches it.
 
@@ -289,8 +282,8 @@ class ReplacedSteps:
             elif path not in tree.places:
                 why = f"a {type(target).__name__} that is no module of the model"
             # a place within the module's own layers is right, too
-            elif tree.places[path] != (parent, name) and self.paths.get(parent) != path:
-                why = f"'{path}', and places it as '{name}' of a {type(parent).__name__}, where it is not"
+            elif tree.places[path] != place and self.paths.get(place[0]) != path:
+                why = f"'{path}', and places it as '{place[1]}' of a {type(place[0]).__name__}, where it is not"
             else:
                 site_key, site = path, get_site(path, tree.modules[path], tree)
                 if parameter is not None:

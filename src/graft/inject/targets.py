@@ -55,9 +55,8 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
         return
     if cfg.target_modules is None:
         defaults = method.default_targets(model)
-        if (
-            defaults is None and "nemotron_h" in method.targets
-        ):  # the one model with such mixers that PEFT's tables know
+        # the one model with such mixers that PEFT's tables know
+        if defaults is None and "nemotron_h" in method.targets:
             defaults = MIXERS.get(model_type(model))
         if defaults is None:
             known = hasattr(cfg, "target_parameters") and "target_parameters" not in cfg.beyond  # in PEFT's words

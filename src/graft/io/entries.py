@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.reading import compile_pattern
-from graft.core.containers import Slot, parameter_dict
+from graft.core.containers import parameter_dict
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.wrappers import find_offload_hooks
@@ -167,7 +167,9 @@ def list_entries(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[
             below = f".{slot.path}" if slot.path else ""
             file = shared.files.get(slot.container, "{0}{1}").format(f"base_model.{slot.container}", below)
             memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file
-            also = list_aliases(parts, slot, prefix, below)
+            # some of PEFT's files have copies below layers
+            attached = (key for key, layer in parts.layers.items() if slot.container in layer.attached)
+            also = tuple(f"{prefix}{key}.{slot.container}{below}" for key in attached)
             where = slot.owner, slot.attribute, slot.tensor
             yield Entry(memory, file, also, *where, container=slot.container, path=slot.path)
 
@@ -193,14 +195,6 @@ def get_prompt_tensors(prompt: Prompt) -> dict[str, Tensor]:
         return prompt.to_file_tensors()
     empty = {name: torch.empty(find_whole_shape(t), dtype=t.dtype, device="meta") for name, t in tensors.items()}
     return copy_unwrapped(prompt, empty).to_file_tensors()
-
-
-def list_aliases(parts: AdapterCarriers, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:
-    """Return the key of a shared tensor below each layer with the slot's container in `attached`: prefix, layer's key,
-    container and `below`. Some of PEFT's files have copies there.
-    """
-    layers = (key for key, layer in parts.layers.items() if slot.container in layer.attached)
-    return tuple(f"{prefix}{key}.{slot.container}{below}" for key in layers)
 
 
 def find_key(entry: Entry, names: set[str]) -> str | None:

@@ -261,9 +261,6 @@ class CheckpointValues:
             if layer is not None:
                 if shared:
                     layer.methods[self.adapter].check_shared(shared)
-                stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
-                files = layer.methods[self.adapter].files.items()
-                used |= names & {f"{stem}{name}" for name, file in files if not file}
                 pairs = self._restore_layer(layer, pairs, names, used)
             for entry, name in pairs:
                 if name is None:
@@ -357,13 +354,14 @@ class CheckpointValues:
         Return the layer's entries with their keys there; None for a missing one. If the file lacks an entry, the method
         gets all keys of the layer, except its base layer's, and may restore it; the entry then has its file name.
 
-        Adds keys that the method consumed for that to `used`. Refreshes each entry, as the method may have replaced a
-        parameter; its requires_grad stays.
+        Adds keys that the method consumed for that to `used`, and those of `names` that its `files` leave out.
+        Refreshes each entry, as the method may have replaced a parameter; its requires_grad stays.
         """
         method = layer.methods[self.adapter]
+        stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
+        used |= names & {f"{stem}{name}" for name, file in method.files.items() if not file}
         places = {(entry.container, entry.path): name for entry, name in pairs if name is not None}
         if len(places) < len(pairs):  # the method may restore missing tensors from others
-            stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
             below = {n for n in self._keys_by_path.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
             for key in below - set(places.values()):
                 container, _, path = key.removeprefix(stem).partition(".")

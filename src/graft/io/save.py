@@ -82,7 +82,7 @@ def collect_adapter_tensors(
     prompt with values of `state_dict` is a copy.
 
     Args:
-        prefix: of the keys.
+        carriers: as `find_carriers` returns them.
 
     Raises:
         AdapterKeyError: `state_dict` lacks one of its tensors.

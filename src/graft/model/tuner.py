@@ -219,7 +219,7 @@ class Tuner(nn.Module, metaclass=TunerType):
             RuntimeError: no injection is under way that asks replaced steps.
         """
         steps = steps_under_way(self, "_create_and_replace")
-        steps.record_call(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+        steps.record_call(peft_config, adapter_name, target, (parent, target_name), current_key, parameter_name)
 
     @mark_step
     def _inject_parameters(

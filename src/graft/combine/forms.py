@@ -249,10 +249,7 @@ def spread_groups(A: Tensor, site: Site) -> Tensor:
     groups, r, n = A.shape
     if groups == 1 or n > site.fan_in:
         return A
-    out = A.new_zeros(groups, r, groups, n)
-    each = torch.arange(groups, device=A.device)
-    out[each, :, each] = A
-    return out.flatten(2)
+    return torch.block_diag(*A).view(groups, r, groups * n)
 
 
 class AdaLoraForm(ProductForm["AdaLoraConfig"]):

@@ -364,15 +364,11 @@ def pick_shard_numbers(t: DTensor, places: list[int]) -> list[float | None]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     size, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-    local, out = t.to_local(), []
+    piece, out = t.to_local(), []
     for place in places:
-        at: list[int] = []
-        for n in reversed(t.shape):
-            place, i = divmod(place, n)
-            at.insert(0, i)
-        inner = [i - o for i, o in zip(at, offset)]
+        inner = [int(i) - o for i, o in zip(torch.unravel_index(torch.tensor(place, device="cpu"), t.shape), offset)]
         is_local = all(0 <= i < n for i, n in zip(inner, size))
-        out.append(float(local[tuple(inner)]) if is_local else None)
+        out.append(float(piece[tuple(inner)]) if is_local else None)
     return out
 
 

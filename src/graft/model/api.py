@@ -71,7 +71,7 @@ def get_peft_model(
     if tree.layers:
         raise AlreadyInjectedError(
             "You are trying to modify a model with PEFT for a second time. For another adapter call add_adapter() of "
-            "the PeftModel; to start over, make sure to call `.unload()` before."
+            "the PeftModel, and delete_adapter() to replace one. To start over, make sure to call `.unload()` before."
         )
     prefix = method_of(peft_config.peft_type).prefix
     if adapter_name and adapter_name in prefix:

@@ -38,11 +38,12 @@ CODES: tuple[tuple[type[Exception], int], ...] = (  # the first match counts
     (NoMatchingPeftModuleError, MISFIT), (UnsupportedLayerError, MISFIT), (PeftError, UNREADABLE),
     (OSError, UNREADABLE),
 )  # fmt: skip
-MODULES = {  # of this package → its verbs, in the order of `graft --help`
-    "look": "inspect diff lint", "change": "resize extract merge convert", "serve": "check export verify",
-    "plan": "plan", "device": "device-report",
+MODULES = {  # of this package → its heading in `graft --help`, and its verbs, in that order
+    "look": ("Look at adapters", "inspect diff lint"), "change": ("Change them", "resize extract merge convert"),
+    "serve": ("Have them served", "check export verify"), "plan": ("Before training", "plan"),
+    "device": ("On a GPU", "device-report"),
 }  # fmt: skip
-VERBS = {verb: module for module, verbs in MODULES.items() for verb in verbs.split()}
+VERBS = {verb: module for module, (_, verbs) in MODULES.items() for verb in verbs.split()}
 
 COMMON = {  # help of parameters that several verbs share
     "adapter": "Folder, file, or hub id (user/repo@revision).",
@@ -54,8 +55,6 @@ COMMON = {  # help of parameters that several verbs share
     "quiet": "Print nothing but errors.",
 }
 NAMES = {"as_json": ("--json",), "quiet": ("--quiet", "-q"), "output": ("--output", "-o")}
-LOOK, CHANGE, SERVE, PLAN = "Look at adapters", "Change them", "Have them served", "Before training"  # of `--help`
-DEVICE = "On a GPU"
 HELP = """
 Adapters as files: look at them, compare, change, convert and prove them.
 
@@ -92,52 +91,43 @@ class Result(NamedTuple):
     code: int = FOUND
 
 
-def add_verb(panel: str) -> Callable[[Verb], Verb]:
-    """Return a decorator that adds a function to the verbs, under the heading `panel` of `graft --help`, and returns it
+def add_verb(function: Verb) -> Verb:
+    """Add a function to the verbs, under its name with `_` as `-` and the heading of its module, and return it
     unchanged.
 
-    Positional parameters become arguments, and keyword-only parameters become options. Help texts come from the `Args`
-    of its docstring, or from COMMON, else they are empty. --json and --quiet are added; a parameter `quiet` is True for
-    either of them. The command prints the result's report, its document with --json, or nothing with --quiet. It exits
-    with the result's code if that has problems.
+    Positional parameters become arguments, and keyword-only parameters become options. The docstring before "Args:" is
+    the help. Help texts of parameters come from its "Args:", or from COMMON, else they are empty. --json (`as_json`)
+    and --quiet are added; a parameter `quiet` is True for either of them. The command prints the result's report, its
+    document with --json, or nothing with --quiet. It exits with the result's code if that has problems.
     """
+    text, _, described = (getdoc(function) or "").partition("\nArgs:\n")
+    texts = COMMON | {
+        name: " ".join(words.split()) for name, words in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", described, re.M)
+    }
+    arguments = signature(function, eval_str=True).parameters
+    flags = {n: Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=bool) for n in ("as_json", "quiet")}
+    parameters = [describe_parameter(p, texts.get(p.name, "")) for p in {**arguments, **flags}.values()]
 
-    def add(function: Verb) -> Verb:
-        """Register the verb with typer under the function's name, `_` as `-`, and return the function unchanged.
+    def run(as_json: bool, quiet: bool, **options: Any) -> None:
+        """Call the function, then print its result as JSON (--json, also with --quiet), as a report, or not at all
+        (--quiet). A function with an argument `quiet` gets True for either option.
 
-        The docstring before "Args:" is the help, and each entry of "Args:" the help of an option, in place of the
-        common texts. The options --json (`as_json`) and --quiet are added to the function's parameters.
+        Raises typer.Exit with the result's code if it has problems.
         """
-        text, _, described = (getdoc(function) or "").partition("\nArgs:\n")
-        texts = COMMON | {
-            name: " ".join(words.split())
-            for name, words in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", described, re.M)
-        }
-        arguments = signature(function, eval_str=True).parameters
-        flags = {n: Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=bool) for n in ("as_json", "quiet")}
-        parameters = [describe_parameter(p, texts.get(p.name, "")) for p in {**arguments, **flags}.values()]
+        silent = {"quiet": as_json or quiet} if "quiet" in arguments else {}
+        result = function(**options, **silent)
+        if as_json:
+            print_json(result.document)
+        elif not quiet:
+            result.report()
+        if result.has_problems:
+            raise typer.Exit(result.code)
 
-        def run(as_json: bool, quiet: bool, **options: Any) -> None:
-            """Call the function, then print its result as JSON (--json, also with --quiet), as a report, or not at all
-            (--quiet). A function with an argument `quiet` gets True for either option.
-
-            Raises typer.Exit with the result's code if it has problems.
-            """
-            silent = {"quiet": as_json or quiet} if "quiet" in arguments else {}
-            result = function(**options, **silent)
-            if as_json:
-                print_json(result.document)
-            elif not quiet:
-                result.report()
-            if result.has_problems:
-                raise typer.Exit(result.code)
-
-        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command(function.__name__.replace("_", "-"), help=text, rich_help_panel=panel)(run)
-        return function
-
-    return add
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    panel, _ = MODULES[function.__module__.rpartition(".")[2]]
+    app.command(function.__name__.replace("_", "-"), help=text, rich_help_panel=panel)(run)
+    return function
 
 
 def describe_parameter(parameter: Parameter, text: str) -> Parameter:

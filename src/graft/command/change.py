@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import CHANGE, Result, add_verb
+from graft.command.app import Result, add_verb
 from graft.config.reading import Json
 from graft.files.errors import OptionError
 from graft.files.formats import WRITTEN
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from graft.files.resize import ResizedModule
 
 
-@add_verb(CHANGE)
+@add_verb
 def resize(
     adapter: str,
     *,
@@ -99,7 +99,7 @@ def resize(
     return Result(document, report)
 
 
-@add_verb(CHANGE)
+@add_verb
 def extract(
     tuned: str,
     base: str,
@@ -168,7 +168,7 @@ def extract(
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-@add_verb(CHANGE)
+@add_verb
 def merge(
     base: str,
     adapters: list[str],
@@ -261,7 +261,7 @@ def print_merge(document: Json) -> None:
         show.print_line(note)
 
 
-@add_verb(CHANGE)
+@add_verb
 def convert(
     adapter: str,
     *,

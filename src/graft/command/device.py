@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 
 from graft.command import show
-from graft.command.app import DEVICE, UNREADABLE, Result, add_verb
+from graft.command.app import UNREADABLE, Result, add_verb
 
 PLAN = """torch finds no {} on this machine. With one, `graft device-report` does this:
   forward, backward, autocast, save and merge of {} methods in float32, bfloat16 and float16, against the CPU
@@ -15,7 +15,7 @@ PLAN = """torch finds no {} on this machine. With one, `graft device-report` doe
   a file with these results, versions, and the device's name and driver"""
 
 
-@add_verb(DEVICE)
+@add_verb
 def device_report(*, device: str | None = None, output: str = "device-report.json", force: bool = False) -> Result:
     """Check graft on a GPU against the CPU, measure it against PEFT, and write a file to send in.
 

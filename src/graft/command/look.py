@@ -7,12 +7,12 @@ from dataclasses import asdict
 from functools import partial
 
 from graft.command import show
-from graft.command.app import LOOK, Result, add_verb
+from graft.command.app import Result, add_verb
 from graft.config.reading import Json
 from graft.core.errors import shorten_text
 
 
-@add_verb(LOOK)
+@add_verb
 def inspect(adapter: str, *, base: str | None = None, spectrum: bool = False, plot: str | None = None) -> Result:
     """Show the contents of an adapter: method, base, ranks and scales by group of modules, bytes, sizes of the updates.
 
@@ -79,7 +79,7 @@ def print_inspection(report: Json, spectrum: bool) -> None:
         )  # fmt: skip
 
 
-@add_verb(LOOK)
+@add_verb
 def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Result:
     """Compare the effects of two adapters on each weight, in any format and rank. Exit code 1: unequal.
 
@@ -139,7 +139,7 @@ def format_degrees(angle: float | None) -> str | None:
     return None if angle is None else f"{angle:.2f}°"
 
 
-@add_verb(LOOK)
+@add_verb
 def lint(adapter: str, *, base: str | None = None, strict: bool = False) -> Result:
     """Find faults of an adapter: numbers, scales, keys, the config, the card. Exit code 1: a problem.
 

@@ -14,7 +14,7 @@ import typer
 
 from graft import CheckpointError, ConfigError
 from graft.command import show
-from graft.command.app import PLAN, Result, add_verb
+from graft.command.app import Result, add_verb
 from graft.config.reading import Json, read_object
 from graft.files.errors import OptionError
 
@@ -28,7 +28,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-@add_verb(PLAN)
+@add_verb
 def plan(
     model: str,
     *,

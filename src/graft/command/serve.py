@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import SERVE, Result, add_verb
+from graft.command.app import Result, add_verb
 from graft.core.errors import escape_controls
 from graft.files.errors import OptionError
 from graft.files.serving import Finding, ServerOptions, get_server, list_servers
@@ -27,7 +27,7 @@ def complete_server_list(incomplete: str) -> list[str]:
 COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
 
 
-@add_verb(SERVE)
+@add_verb
 def check(
     adapter: str,
     *,
@@ -94,7 +94,7 @@ def print_findings(names: list[str], all_findings: list[Finding], compared: bool
         show.print_line("Names of modules were not compared: give the model with --base.")
 
 
-@add_verb(SERVE)
+@add_verb
 def export(
     adapter: str,
     *,
@@ -177,7 +177,7 @@ def parse_rank(text: str) -> int | float:
 LEAST = 1e-6
 
 
-@add_verb(SERVE)
+@add_verb
 def verify(
     *,
     adapter: str,

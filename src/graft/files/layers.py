@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from graft.config.reading import Json
 from graft.files.bases import view_by_model_names
 from graft.files.formats.peft import TRANSPOSED
 from graft.files.names import CONV1D
@@ -74,13 +73,15 @@ class CheckpointPair:
         is switched on in the model's config, and the groups found with it are returned. In each group, modules without
         children come first, and among them embeddings.
 
-        Without a model the result is the only token embedding with "lm_head.weight", if a file or the architecture has
-        such a head; else []. `is_tied` is then the config's, or True if the config says nothing and the base's files
-        lack the head.
+        Without a model the result is the only token embedding with "lm_head.weight", if a file has such a head, or the
+        architecture ends with LMHeadModel or ForCausalLM; else []. `is_tied` is then the config's, or True if the
+        config says nothing and the base's files lack the head.
         """
         if self.model is None:
             tokens = [n for n in self.old if module_path(n).rpartition(".")[2] in TOKENS and n.endswith(".weight")]
-            has_head = HEAD in {*self.new, *self.old} or is_causal_model(self.config)
+            kinds = self.config.get("architectures") or ()
+            has_head = any(kind.endswith(("LMHeadModel", "ForCausalLM")) for kind in kinds)
+            has_head = has_head or HEAD in self.new or HEAD in self.old
             self.is_tied = bool(self.config.get("tie_word_embeddings", HEAD not in self.old))
             return [[tokens[0], HEAD]] if len(tokens) == 1 and has_head else []
         from graft.files.merging.ties import find_tied_groups
@@ -197,8 +198,3 @@ class CheckpointPair:
 def module_path(name: str) -> str:
     """Return a parameter's name without its last part; "" for a name without a dot."""
     return name.rpartition(".")[0]
-
-
-def is_causal_model(config: Json) -> bool:
-    """Return True if the config names an architecture that ends with LMHeadModel or ForCausalLM."""
-    return any(kind.endswith(("LMHeadModel", "ForCausalLM")) for kind in config.get("architectures") or ())

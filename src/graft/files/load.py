@@ -24,7 +24,7 @@ from graft.files.formats.peft import complete_config, name_tensors
 from graft.files.holding import PEFT, fit_to_format
 from graft.files.lycoris import lycoris_to_peft
 from graft.files.merging.weights import NAMES
-from graft.files.names import check_modules, rename_modules, select_pipeline_part
+from graft.files.names import check_modules, rename_modules, rename_tensor, select_pipeline_part
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import from_torch, to_torch
 from graft.files.skeleton import describe_model
@@ -117,16 +117,9 @@ def rename_base_modules(known: BaseDescription, names: Mapping[str, str]) -> Bas
     Args:
         names: old path → new path. Its values become the list of modules; tensors of other modules keep their names.
     """
-
-    def new_name(name: str) -> str:
-        """Return a tensor's name with its module renamed; the name itself if `names` lacks the module."""
-        module, _, leaf = name.rpartition(".")
-        return f"{names[module]}.{leaf}" if module in names else name
-
-    return replace(
-        known, shapes={new_name(name): shape for name, shape in known.shapes.items()}, modules=[*names.values()],
-        tensors={new_name(name): tensor for name, tensor in known.tensors.items()},
-    )  # fmt: skip
+    shapes = {rename_tensor(name, names): shape for name, shape in known.shapes.items()}
+    tensors = {rename_tensor(name, names): tensor for name, tensor in known.tensors.items()}
+    return replace(known, shapes=shapes, modules=[*names.values()], tensors=tensors)
 
 
 def describe_base_of(model: Any) -> BaseDescription:

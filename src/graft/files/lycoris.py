@@ -5,9 +5,9 @@ base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 
@@ -143,26 +143,24 @@ def kasa_to_lora(adapter: AdapterFile, base: Base) -> AdapterFile:
         scaled = make_tensor((read_float64(module.tensors["lora_diag"])[:, None] * read_float64(A)).astype("f4"))
         lora = LowRank(scaled, B, 1.0 if module.scale is None else module.scale)
         read_base_weight(path, adapter, known, lora)  # raises an error early if the base does not fit
-        smallest = cache(partial(compute_smallest_components, path, adapter, known, lora))
-        lora.extra = {
-            "lora_shift.A": Tensor(A.shape, "F32", partial(read_component_bytes, smallest, 0)),
-            "lora_shift.B": Tensor(B.shape, "F32", partial(read_component_bytes, smallest, 1)),
-        }
+        lora.extra = make_shift(path, adapter, known, lora)
         new_modules[path] = lora
     return replace(adapter, modules=new_modules)
 
 
-def read_component_bytes(smallest: Callable[[], Sequence[bytes]], i: int) -> bytes:
-    """Return item `i` of `smallest()`: 0 for A, 1 for B."""
-    return smallest()[i]
+def make_shift(path: str, adapter: AdapterFile, base: Base, lora: LowRank) -> dict[str, Tensor]:
+    """Return the smallest singular components of a module's base weight, as many as the rank, as float32 factors named
+    as those of a `shift`: "lora_shift.A", and "lora_shift.B" with the singular values.
 
-
-def compute_smallest_components(path: str, adapter: AdapterFile, base: Base, lora: LowRank) -> tuple[bytes, bytes]:
-    """Return the smallest singular components of a module's base weight, as many as the rank, as float32 bytes of A and
-    B.
-
-    B contains the singular values.
+    They are computed once, when the first is read.
     """
-    U, s, Vt = np.linalg.svd(read_base_weight(path, adapter, base, lora).astype("f8"), full_matrices=False)
-    r = lora.rank
-    return Vt[-r:].astype("<f4").tobytes(), np.ascontiguousarray(U[:, -r:] * s[-r:], "<f4").tobytes()
+
+    @cache
+    def compute() -> tuple[bytes, bytes]:
+        """Return the bytes of A and B from an SVD of the weight in float64. Computed once."""
+        U, s, Vt = np.linalg.svd(read_base_weight(path, adapter, base, lora).astype("f8"), full_matrices=False)
+        r = lora.rank
+        return Vt[-r:].astype("<f4").tobytes(), np.ascontiguousarray(U[:, -r:] * s[-r:], "<f4").tobytes()
+
+    A, B = Tensor(lora.A.shape, "F32", lambda: compute()[0]), Tensor(lora.B.shape, "F32", lambda: compute()[1])
+    return {"lora_shift.A": A, "lora_shift.B": B}

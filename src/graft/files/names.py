@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
@@ -57,15 +57,23 @@ class FlatNames:
 
 def flatten_paths(paths: Iterable[str]) -> dict[str, str]:
     """Return path → path with "_" for ".". Raises CheckpointError if two paths get the same name."""
-    names: dict[str, str] = {}
-    for path in paths:
-        first_path = names.setdefault(path.replace(".", "_"), path)
-        if first_path != path:
-            raise CheckpointError(
-                f"{first_path} and {path} would both be named '{path.replace('.', '_')}'. Choose a format with dotted "
-                "names, such as peft."
-            )
-    return {path: name for name, path in names.items()}
+    names = {path: path.replace(".", "_") for path in paths}
+    index_by_name(
+        names, lambda name, a, b: f"{a} and {b} would both be named '{name}'. Choose a format with dotted names: peft."
+    )
+    return names
+
+
+def index_by_name(names: Mapping[str, str], describe: Callable[[str, str, str], str]) -> dict[str, str]:
+    """Return the inverse of a dict: name → its key.
+
+    Raises CheckpointError with the text `describe(name, first key, second key)` if two keys have one name.
+    """
+    keys: dict[str, str] = {}
+    for key, name in names.items():
+        if (first := keys.setdefault(name, key)) != key:
+            raise CheckpointError(describe(name, first, key))
+    return keys
 
 
 def make_missing_error(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModelMismatchError:
@@ -115,14 +123,18 @@ def rename_modules(adapter: AdapterFile, new: Mapping[str, str]) -> AdapterFile:
         new: old path → new path; modules that are not in it keep their paths.
     """
 
-    def name(old: str) -> str:
-        """Return a tensor's name with its module renamed; the name itself if `new` lacks the module."""
-        module, _, leaf = old.rpartition(".")
-        return f"{new[module]}.{leaf}" if module in new else old
+    modules = {new.get(path, rename_tensor(path, new)): module for path, module in adapter.modules.items()}
+    full = {rename_tensor(name, new): value for name, value in adapter.full.items()}
+    rows = {rename_tensor(name, new): value for name, value in adapter.rows.items()}
+    return replace(adapter, modules=modules, full=full, rows=rows)
 
-    modules = {new.get(path, name(path)): module for path, module in adapter.modules.items()}
-    full = {name(key): value for key, value in adapter.full.items()}
-    return replace(adapter, modules=modules, full=full, rows={name(key): value for key, value in adapter.rows.items()})
+
+def rename_tensor(name: str, modules: Mapping[str, str]) -> str:
+    """Return a tensor's name with its module renamed by `modules` (old path → new path); the name itself if `modules`
+    lacks it.
+    """
+    module, _, leaf = name.rpartition(".")
+    return f"{modules[module]}.{leaf}" if module in modules else name
 
 
 def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base) -> None:

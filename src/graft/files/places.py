@@ -193,7 +193,8 @@ def find_spots(
             continue
         name = apply_renamings(key, renamings)
         converter = next(c for c in converters if c.rename_source_key(name)[1] == pattern)
-        if operation_names(converter) in (("MergeModulelist",), ("MergeModulelist", "Concatenate")):
+        operations = [type(operation).__name__ for operation in converter.operations]
+        if operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
             stacks.setdefault(target, {}).setdefault(pattern, []).append(key)
             orders[target] = list(converter.source_patterns)
         elif computed is not None:
@@ -207,11 +208,6 @@ def find_spots(
             start += shapes[keys[0]][0] if keys else 0
         spots_by_name[target] = spots
     return spots_by_name
-
-
-def operation_names(converter: Any) -> tuple[str, ...]:
-    """Return the class names of a converter's operations."""
-    return tuple(type(o).__name__ for o in converter.operations)
 
 
 def find_spots_by_patterns(patterns: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[str, list[Spot]]:

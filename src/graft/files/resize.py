@@ -20,7 +20,7 @@ from graft.files.holding import pad_rank
 from graft.files.inspect import check_adapter_is_finite
 from graft.files.lint import check_whole
 from graft.files.neutral import AdapterFile, LowRank, OtherMethod
-from graft.files.tensors import BITS, Tensor, dtype_for_writing
+from graft.files.tensors import BITS, dtype_for_writing
 
 MB = 10**6
 OVERHEAD = 100  # bytes of a tensor's entry in a file's header, without its name
@@ -195,17 +195,9 @@ def choose_ranks_for_size(
 
 def bytes_per_rank(lora: LowRank) -> int:
     """Return the bytes that one more rank adds to a module's factors, after its Tucker core is multiplied into A."""
-    of_a, of_b = (1, 2) if lora.kind == "experts" else (0, 1)
-    per = bytes_per_entry(lora.A, of_a) + bytes_per_entry(lora.B, of_b)
-    if lora.mid is not None:  # the new A contains the core
-        rows, columns = algebra.delta_shape(lora)
-        per = (rows * BITS[dtype_for_writing(lora.B.dtype)] + columns * BITS[dtype_for_writing(lora.A.dtype)]) // 8
-    return per
-
-
-def bytes_per_entry(t: Tensor, axis: int) -> int:
-    """Return the bytes of a tensor per index along an axis, in the dtype of writing."""
-    return math.prod(n for i, n in enumerate(t.shape) if i != axis) * BITS[dtype_for_writing(t.dtype)] // 8
+    rows, columns = algebra.delta_shape(lora)  # of a Tucker core, too, which the new A contains
+    bits = rows * BITS[dtype_for_writing(lora.B.dtype)] + columns * BITS[dtype_for_writing(lora.A.dtype)]
+    return bits // 8 * (lora.A.shape[0] if lora.kind == "experts" else 1)
 
 
 def count_other_bytes(adapter: AdapterFile, loras: Mapping[str, LowRank]) -> int:

@@ -113,11 +113,6 @@ class Subject:
     base: BaseDescription | None = None
 
     @property
-    def config(self) -> Json:
-        """The adapter's config."""
-        return self.adapter.config
-
-    @property
     def low_rank(self) -> dict[str, LowRank]:
         """The adapter's LoRA modules by path."""
         return self.adapter.low_rank
@@ -179,7 +174,7 @@ class Subject:
         for other formats and methods.
         """
         if self.adapter.format == "peft" and self.adapter.method == "LORA":
-            yield from (name for name in ("r", "lora_alpha", "target_modules") if self.config.get(name) is None)
+            yield from (name for name in ("r", "lora_alpha", "target_modules") if self.adapter.config.get(name) is None)
 
     def not_whole(self) -> Iterable[str]:
         """Yield "it lacks P" for each part P that the config names and the file lacks (`list_gaps`, with the base)."""
@@ -239,13 +234,13 @@ class Subject:
 
     def invocation_tokens(self) -> Iterable[str]:
         """Yield "alora_invocation_tokens=…", if the config has some."""
-        if self.config.get("alora_invocation_tokens"):
-            yield f"alora_invocation_tokens={self.config['alora_invocation_tokens']}"
+        if self.adapter.config.get("alora_invocation_tokens"):
+            yield f"alora_invocation_tokens={self.adapter.config['alora_invocation_tokens']}"
 
     def layer_replication(self) -> Iterable[str]:
         """Yield "layer_replication=…", if the config has repeated layers."""
-        if self.config.get("layer_replication"):
-            yield f"layer_replication={self.config['layer_replication']}"
+        if self.adapter.config.get("layer_replication"):
+            yield f"layer_replication={self.adapter.config['layer_replication']}"
 
     def base_changed_and_kept(self) -> Iterable[str]:
         """Yield "lora_shift of P" for each LoRA module with a stored shift of the base (PiSSA and others, as graft
@@ -258,7 +253,7 @@ class Subject:
         change.
         """
         if self.adapter.changed_base is not None:
-            yield f"init_lora_weights={self.config.get('init_lora_weights')!r}"
+            yield f"init_lora_weights={self.adapter.config.get('init_lora_weights')!r}"
 
     # conditions: further tensors
 
@@ -370,7 +365,7 @@ class Subject:
         Nothing if the config lacks r or lora_alpha.
         """
         return list_wrong_scales(
-            self, lambda lora, r, alpha: alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+            self, lambda lora, r, alpha: alpha / (math.sqrt(r) if self.adapter.config.get("use_rslora") else r)
         )
 
     def scale_is_not_told(self) -> Iterable[str]:
@@ -386,7 +381,7 @@ class Subject:
         """Yield "target_modules='…'" if the config's field is a regular expression: any text but "all" and
         "all-linear".
         """
-        targets = self.config.get("target_modules")
+        targets = self.adapter.config.get("target_modules")
         if isinstance(targets, str) and targets not in ("all-linear", "all"):
             yield f"target_modules={targets!r}"
 
@@ -524,23 +519,16 @@ def list_copied_weights(adapter: AdapterFile) -> list[str]:
     return [name for name in adapter.full if name.rpartition(".")[0] in adapter.modules and name.endswith(".weight")]
 
 
-def read_r_and_alpha(s: Subject) -> tuple[float, float] | None:
-    """Return (r, lora_alpha) of PEFT's config; None if they are no numbers, or r is not positive."""
-    r, alpha = s.config.get("r"), s.config.get("lora_alpha")
-    if isinstance(r, (int, float)) and isinstance(alpha, (int, float)) and r > 0:
-        return float(r), float(alpha)
-    return None
-
-
 def list_wrong_scales(s: Subject, expected: Callable[[LowRank, float, float], float]) -> Iterable[str]:
     """Yield "P has the scale a, and would get b" for each LoRA module with another scale (relative 1e-6) than
     `expected(module, r, lora_alpha)`, the server's.
 
-    Nothing if the config has no valid r and lora_alpha.
+    Nothing if r and lora_alpha in the config are no numbers, or r is not positive.
     """
-    if (numbers := read_r_and_alpha(s)) is not None:
+    r, alpha = s.adapter.config.get("r"), s.adapter.config.get("lora_alpha")
+    if isinstance(r, (int, float)) and isinstance(alpha, (int, float)) and r > 0:
         for path, lora in s.low_rank.items():
-            server_scale = expected(lora, *numbers)
+            server_scale = expected(lora, float(r), float(alpha))
             if not math.isclose(lora.scale, server_scale, rel_tol=1e-6):
                 yield f"{path} has the scale {lora.scale:.4g}, and would get {server_scale:.4g}"
 

@@ -312,9 +312,8 @@ def list_scales(model: nn.Module, layers: Json) -> dict[str, Scale]:
         (name, scaling), *_ = layer.scaling.items()
         cfg = model.peft_config[name]
         layer_config = layer.methods[name].cfg
-        known = hasattr(cfg, "lora_alpha") and hasattr(cfg, "r")
         rates: tuple[float, ...] = (scaling,) * 3
-        if known:
+        if hasattr(cfg, "lora_alpha") and hasattr(cfg, "r"):
             alpha, r = cfg.lora_alpha, layer_config.r
             rates = alpha / cfg.r, alpha / r, layer_config.lora_alpha / r
         scales[path] = Scale(float(scaling), *map(float, rates))

@@ -68,7 +68,8 @@ def of_first_release(keys: Iterable[str]) -> bool:
 def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     """Return a file's tensors by diffusers' names, with alphas in the factors, as diffusers reads them without network.
 
-    For a base that is a pipeline its class reads them, for a transformer the loader mixin of the same family.
+    For a base that is a pipeline its class reads them, for a transformer the loader mixin of the same family. The class
+    is that of the base's config, or else of the loaded model.
 
     Raises:
         BaseNeededError: there is no base, or it is neither a pipeline nor a transformer.
@@ -76,7 +77,8 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
         LossError: there is no such class, or it reads no LoRA files.
         CheckpointError: it cannot read this one.
     """
-    name = "" if base is None else get_base_class(base)
+    of_model = "" if base is None or base.model is None else type(base.model).__name__
+    name = of_model if base is None else str(base.config.get("_class_name", of_model))
     if not name.endswith("Pipeline") and "Transformer" not in name:
         raise BaseNeededError(
             f"{file} has the names of a model's first release. Give the folder of the pipeline or of the transformer "
@@ -99,13 +101,6 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     except (ValueError, KeyError, RuntimeError, IndexError) as e:
         raise CheckpointError(f"{name} of diffusers cannot read {file}: {e}") from e
     return convert_tensors(state[0] if isinstance(state, tuple) else state, file)
-
-
-def get_base_class(base: Base) -> str:
-    """Return the name of the pipeline's class by the base's config, or else that of the loaded model's class; "" if
-    neither.
-    """
-    return str(base.config.get("_class_name", "" if base.model is None else type(base.model).__name__))
 
 
 def find_diffusers_file(path: str) -> str | None:

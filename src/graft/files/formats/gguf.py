@@ -23,7 +23,7 @@ from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.gguf_file import MAGIC, import_gguf, read_contents
 from graft.files.holding import FormatLimits, check_losses, fit_to_format, get_factor_pair, make_shape_error
-from graft.files.names import count_heads
+from graft.files.names import count_heads, index_by_name
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, OtherMethod
 from graft.files.tensors import Tensor, make_tensor, reorder_rows
 
@@ -177,11 +177,9 @@ def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
             f"{what} is for a model of architecture '{arch}', and {base.path} is '{base_arch}'. "
             "Give the base that it belongs to."
         )
-    out: dict[str, str] = {}
-    for path, name in names_of(base).items():
-        if (first_path := out.setdefault(name, path)) != path:
-            raise CheckpointError(f"llama.cpp has one name, '{name}', for {first_path} and {path} of {base.path}.")
-    return out
+    return index_by_name(
+        names_of(base), lambda name, a, b: f"llama.cpp has one name, '{name}', for {a} and {b} of {base.path}."
+    )
 
 
 def names_of(base: Base) -> dict[str, str]:

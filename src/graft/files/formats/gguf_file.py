@@ -159,7 +159,10 @@ class Reader:
                 short.
             PackageNeededError: the type is quantized, and the package gguf is missing.
         """
-        block, size = (1, BITS[DTYPES[kind]] // 8) if kind in DTYPES else find_block_size(kind)
+        if kind in DTYPES:
+            block, size = 1, BITS[DTYPES[kind]] // 8
+        else:  # (0, 0) if the package gguf does not have the type
+            block, size = import_gguf().GGML_QUANT_SIZES.get(kind, (0, 0))
         nbytes = prod(shape) // block * size
         if not block or (shape[-1] if shape else 1) % block or begin + nbytes > self.version[0]:
             raise self.make_damage_error(
@@ -170,14 +173,6 @@ class Reader:
             return Tensor(shape, DTYPES[kind], load)
         rows = (*shape[:-1], shape[-1] // block * size)
         return Tensor(shape, "F32", lambda: dequantize(load(), rows, kind, name))
-
-
-def find_block_size(kind: int) -> tuple[int, int]:
-    """Return the numbers in a block of a quantized type, and its bytes; (0, 0) if the package gguf does not have the
-    type.
-    """
-    sizes: dict[int, tuple[int, int]] = import_gguf().GGML_QUANT_SIZES
-    return sizes.get(kind, (0, 0))
 
 
 def dequantize(data: bytes, rows: tuple[int, ...], kind: int, name: str) -> bytes:

@@ -187,12 +187,9 @@ def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Bas
             paths[name] = path
     if absent:
         raise names.make_missing_error(adapter, absent, base)
-    twice: dict[str, str] = {}
-    for name, path in paths.items():
-        if (first_name := twice.setdefault(path, name)) != name:
-            raise CheckpointError(
-                f"{adapter.path} has {path} twice, as {first_name} and as {name}. Remove one of them."
-            )
+    names.index_by_name(
+        paths, lambda path, a, b: f"{adapter.path} has {path} twice, as {a} and as {b}. Remove one of them."
+    )
     return paths
 
 

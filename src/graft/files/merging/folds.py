@@ -11,6 +11,7 @@ import torch
 
 from graft import BaseModelMismatchError, LossError, method_of
 from graft.config.reading import Json
+from graft.files.algebra import delta_shape
 from graft.files.errors import OptionError
 from graft.files.formats.peft import list_unnamed
 from graft.files.holding import FIELDS, PARTS
@@ -249,11 +250,8 @@ def get_matrix_sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
     For experts, only the rows at `spot` count. For a convolution, fan_in includes the kernel: that of `mid` if it has
     one, else of A.
     """
-    if lora.kind == "experts":
-        out, fan_in = lora.B.shape[1], lora.A.shape[2]
-        return (out if spot.rows is None else spot.rows[1]), fan_in
-    kernel = lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:]
-    return lora.B.shape[0], lora.A.shape[1] * prod(kernel)
+    out, fan_in = delta_shape(lora)
+    return (out if spot.rows is None or lora.kind != "experts" else spot.rows[1]), fan_in
 
 
 def list_matrices(

@@ -83,7 +83,7 @@ def words(line, places, tmp_path):
         # a base of another architecture, or of other sizes
         ("inspect GOOD --base BERT", 4, "no weight for"),
         ("lint GOOD --base BERT", 1, "base-mismatch"),
-        ("convert GOOD --to mlx --base BERT -o OUT", 4, "Give the model that the adapter was trained on"),
+        ("convert GOOD --to mlx --base BERT -o OUT", 4, "Give the base that the adapter was trained on"),
         ("merge BERT GOOD -o OUT", 4, "checkpoint does not hold"),
         ("export GOOD --for vllm --base BERT -o OUT", 4, "has no module"),
         ("convert KOHYA --to peft --base BASE -o OUT", 4, "has no modules for"),

@@ -10,6 +10,7 @@ from graft import CheckpointError, ConfigError
 from graft.config import pair
 from graft.core.errors import join_some
 from graft.files.base import read_base_files
+from graft.files.errors import make_damage_error
 from graft.files.formats import recognise
 
 if TYPE_CHECKING:
@@ -58,9 +59,8 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     except Exception as e:  # of any type, if values of the config contradict each other
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
     if absent := sorted(report["missing_keys"]):  # missing tensors would be random
-        raise CheckpointError(
-            f"The model in {path} lacks the tensors {join_some(absent)} of a {type(model).__name__}. Save or download "
-            "it again."
+        raise make_damage_error(
+            f"The model in {path} lacks the tensors {join_some(absent)} of a {type(model).__name__}"
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded

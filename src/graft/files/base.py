@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from graft import CheckpointError
 from graft.config.reading import LARGEST_HEADER, Json, read_object
+from graft.files.errors import make_damage_error
 from graft.files.tensors import Tensor, read_header
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def read_base_files(path: str | os.PathLike[str]) -> BaseDescription:
     for name in list_shards(path):
         where = os.path.join(path, name)
         if not os.path.exists(where):
-            raise CheckpointError(f"{where} is missing, but {INDEX} names it. Save or download the model again.")
+            raise make_damage_error(f"{where} is missing, but {INDEX} names it")
         for key, tensor in read_header(where)[0].items():
             if key in base.tensors:
                 raise CheckpointError(
@@ -170,7 +171,7 @@ def list_shards(path: str) -> list[str]:
         files = read_object(index, LARGEST_HEADER).get("weight_map")
         names = list(files.values()) if isinstance(files, dict) else []
         if not names or not all(isinstance(name, str) for name in names):
-            raise CheckpointError(f"{index} names no file for each tensor. Save or download it again.")
+            raise make_damage_error(f"{index} names no file for each tensor")
         names = sorted(set(names))
         if strange := [n for n in names if os.path.basename(n) != n]:
             raise CheckpointError(f"{index} names files outside its folder: {strange[:3]}. Download the model again.")

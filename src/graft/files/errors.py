@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from graft import ConfigError, PeftError
+from graft import BaseModelMismatchError, CheckpointError, ConfigError, PeftError
 
 
 class OutputExistsError(PeftError, FileExistsError):
@@ -26,3 +26,13 @@ class OptionError(PeftError, ValueError):
 
 class UnknownServerError(OptionError, ConfigError):
     """graft has no data on a server of this name."""
+
+
+def make_damage_error(fault: str) -> CheckpointError:
+    """Return (do not raise) a CheckpointError: the fault of a file, without a full stop, and the remedy."""
+    return CheckpointError(f"{fault}. Save or download it again.")
+
+
+def make_misfit_error(fault: str) -> BaseModelMismatchError:
+    """Return (do not raise) a BaseModelMismatchError: why a base does not fit, without a full stop, and the remedy."""
+    return BaseModelMismatchError(f"{fault}. Give the base that the adapter was trained on.")

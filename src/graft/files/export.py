@@ -18,6 +18,7 @@ from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files.algebra import as_low_rank, block_diagonal
 from graft.files.bases import view_by_model_names
+from graft.files.errors import make_misfit_error
 from graft.files.formats import Base, writer_of
 from graft.files.holding import pad_rank
 from graft.files.inspect import check_adapter_is_finite
@@ -101,10 +102,7 @@ def to_plain_lora(adapter: AdapterFile, server: Server, base: Base) -> tuple[Ada
     loras = {path: read_unscaled_factors(path, of, adapter.config) for path, of in adapter.modules.items()}
     names = {path: find_base_module(path, base) for path in loras}
     if len({*names.values()}) < len(names):
-        raise BaseModelMismatchError(
-            f"Two modules of {adapter.path} have one name in the base: {join_some(sorted(names))}. Give the base that "
-            "it was trained on."
-        )
+        raise make_misfit_error(f"Two modules of {adapter.path} have one name in the base: {join_some(sorted(names))}")
     by_name = {names[path]: of for path, of in loras.items()}
     check_shapes(by_name, adapter, base)
     check_whole(adapter, base)
@@ -214,10 +212,7 @@ def check_copied_weights(adapter: AdapterFile, base: Base) -> None:
     for name in list_copied_weights(adapter):
         file_weight, base_weight = adapter.full[name], base.tensors.get(name)
         if base_weight is None:
-            raise BaseModelMismatchError(
-                f"{adapter.path} holds '{name}' of its base, which {base.path} lacks. Give the base that it was "
-                "trained on."
-            )
+            raise make_misfit_error(f"{adapter.path} holds '{name}' of its base, which {base.path} lacks")
         if file_weight.shape != base_weight.shape or not np.allclose(
             file_weight.read(), base_weight.read(), SAME, SAME * 1e-2
         ):
@@ -280,10 +275,7 @@ def make_zero_factors(path: str, like: LowRank | None, base: Base, rank: int, dt
     else:
         shape = base.shapes.get(f"{path}.weight", ())
         if len(shape) != 2:
-            raise BaseModelMismatchError(
-                f"The weight of the base's '{path}' has the shape {shape} and is no matrix. Give the base that the "
-                "adapter was trained on."
-            )
+            raise make_misfit_error(f"The weight of the base's '{path}' has the shape {shape} and is no matrix")
         out, fan_in = shape[::-1] if transposed else shape
         A, B, kind = (fan_in,), (out, rank), "linear"
     return LowRank(make_tensor(np.zeros((rank, *A), "f4"), dtype), make_tensor(np.zeros(B, "f4"), dtype), 1.0, kind)

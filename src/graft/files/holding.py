@@ -16,6 +16,7 @@ from graft import CheckpointError, LossError
 from graft.core.errors import join_some
 from graft.files.algebra import as_low_rank, contract_tucker_core, list_delta_products
 from graft.files.base import BaseDescription as Base
+from graft.files.errors import make_damage_error
 from graft.files.formats.peft import PREFIXES, VARIANTS, make_names_error
 from graft.files.names import CONV1D
 from graft.files.neutral import AdapterFile, LostModule, LowRank, OtherMethod
@@ -226,7 +227,7 @@ def get_factor_pair(
     """
     A, B = (tensors.get(name) for name in names)
     if A is None or B is None:
-        raise CheckpointError(f"{what} has only one factor for '{module}'. Save or download it again.")
+        raise make_damage_error(f"{what} has only one factor for '{module}'")
     return A, B
 
 

@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from graft import BaseModelMismatchError, NonFiniteError
+from graft import NonFiniteError
 from graft.config.atomic import replace_file as put_in_place
 from graft.config.pair import find_differing_fields
 from graft.config.reading import Json
@@ -17,7 +17,7 @@ from graft.core.errors import join_some
 from graft.files import algebra
 from graft.files.base import BaseDescription
 from graft.files.bases import choose_names
-from graft.files.errors import BaseNeededError, OptionError, PackageNeededError
+from graft.files.errors import BaseNeededError, OptionError, PackageNeededError, make_misfit_error
 from graft.files.formats.peft import make_names_error
 from graft.files.holding import FIELDS
 from graft.files.names import is_stored_in_out
@@ -190,16 +190,13 @@ def read_base_weight(path: str, adapter: AdapterFile, base: BaseDescription, low
     """
     rows, columns = algebra.delta_shape(low)
     if (name := find_weight_name(path, base)) is None:
-        raise BaseModelMismatchError(f"{base.path} has no weight for '{path}'. Give the adapter's own base.")
+        raise make_misfit_error(f"{base.path} has no weight for '{path}'")
     shape = base.shapes[name]
     expected = (columns, rows) if low.kind == "embedding" else (rows, columns)
     stack = low.kind == "experts"
     flat = (shape[-2], shape[-1]) if stack else (shape[0], prod(shape[1:]))
     if flat not in (expected, expected[::-1]) or (stack and shape[0] != low.A.shape[0]):
-        raise BaseModelMismatchError(
-            f"'{path}' is {shape} in {base.path}, and {expected} in {adapter.path}. Give the base that it was trained "
-            "on."
-        )
+        raise make_misfit_error(f"'{path}' is {shape} in {base.path}, and {expected} in {adapter.path}")
     if name not in base.tensors:
         raise BaseNeededError(f"{base.path} has only names of weights. Give the base model with its files.")
     W = base.tensors[name].read()

@@ -11,10 +11,10 @@ from functools import cache
 
 import numpy as np
 
-from graft import CheckpointError
 from graft.files.algebra import read_float64
 from graft.files.base import BaseDescription as Base
 from graft.files.bases import choose_names
+from graft.files.errors import make_damage_error
 from graft.files.inspect import read_base_weight
 from graft.files.neutral import AdapterFile, LowRank, OtherMethod
 from graft.files.tensors import Tensor, make_tensor
@@ -79,7 +79,7 @@ def convert_lokr(adapter: AdapterFile, other_modules: Mapping[str, OtherMethod],
         try:
             one, two = factor_shape(m, "lokr_w1"), factor_shape(m, "lokr_w2")
         except (KeyError, IndexError) as e:
-            raise CheckpointError(f"{adapter.path} has no valid factors of '{path}': {e}. Save it again.") from e
+            raise make_damage_error(f"{adapter.path} has no valid factors of '{path}': {e}") from e
         # the last factor of a kernel has n · kernel size columns
         if base is not None and f"{path}.weight" in base.shapes:
             two = two[0], base.shapes[f"{path}.weight"][1] // one[1]

@@ -14,7 +14,7 @@ from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files.base import BaseDescription as Base
 from graft.files.bases import COMPONENTS, choose_names, view_by_model_names
-from graft.files.errors import BaseNeededError
+from graft.files.errors import BaseNeededError, make_misfit_error
 from graft.files.neutral import AdapterFile, LowRank
 
 CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}  # model types with weights (in, out)
@@ -78,10 +78,7 @@ def index_by_name(names: Mapping[str, str], describe: Callable[[str, str, str], 
 
 def make_missing_error(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModelMismatchError:
     """Return (not raise) the error for names that a base model lacks; the text has the first four of them."""
-    return BaseModelMismatchError(
-        f"{base.path} has no modules for {join_some([*names], 4)} of {adapter.path}. Give the model that the adapter "
-        "was trained on."
-    )
+    return make_misfit_error(f"{base.path} has no modules for {join_some([*names], 4)} of {adapter.path}")
 
 
 def check_modules(adapter: AdapterFile, base: Base) -> Base:
@@ -156,8 +153,8 @@ def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base)
         if shape is not None and not is_update_of(loras[path], shape, turned)
     ]
     if wrong:
-        raise BaseModelMismatchError(
-            f"{adapter.path} is for a model of other shapes than {base.path}: {join_some(wrong, 4)}. Give its own base."
+        raise make_misfit_error(
+            f"{adapter.path} is for a model of other shapes than {base.path}: {join_some(wrong, 4)}"
         )
 
 

@@ -7,9 +7,9 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from graft import CheckpointError
 from graft.config.atomic import replace_file
 from graft.config.reading import check_tensors_by_name, describe_fault, load_torch_file, open_file, read_record
+from graft.files.errors import make_damage_error
 from graft.files.tensors import Tensor, read_header
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ def from_torch(t: torch.Tensor, what: str) -> Tensor:
     from graft.files.merging.weights import NAMES, to_file
 
     if (why := describe_fault(t)) is not None or t.dtype not in NAMES:
-        raise CheckpointError(
-            f"{what} {why or f'has dtype {t.dtype}'}: adapters are plain tensors of real numbers. Save it again."
-        )
+        raise make_damage_error(f"{what} {why or f'has dtype {t.dtype}'}: adapters are plain tensors of real numbers")
     return to_file(t.cpu())
 
 

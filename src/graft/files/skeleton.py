@@ -20,6 +20,7 @@ from torch import nn
 from graft import CheckpointError, UnsupportedLayerError
 from graft.config.reading import Json, read_object
 from graft.files.base import BaseDescription
+from graft.files.errors import make_damage_error
 from graft.files.merging.weights import NAMES, TORCH, find_base_weights, of_file, to_file
 from graft.files.places import ComputedParameters, Spot, find_spots
 from graft.files.tensors import EIGHT_BITS, FLOATS, Bytes, Tensor
@@ -86,7 +87,7 @@ def drop_code_fields(value: Any, file: str) -> Any:
         return value
     for key, n in value.items():
         if type(n) is int and n > (MOST if key.endswith(COUNTS) else LABELS if key == "num_labels" else n):
-            raise CheckpointError(f"{file} says {key} = {n:,}, which no model has. Download it again.")
+            raise make_damage_error(f"{file} says {key} = {n:,}, which no model has")
     backbone = value.get("backbone")
     if isinstance(backbone, str) and not (value.get("backbone_config") or value.get("use_timm_backbone", True)):
         raise CheckpointError(

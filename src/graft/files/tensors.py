@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import IO, TYPE_CHECKING
 
-from graft import BaseModelMismatchError, CheckpointError
+from graft import CheckpointError
 from graft.config.atomic import replace_file as put_in_place
 from graft.config.pair import write_tensors
 from graft.config.reading import LARGEST_HEADER, Json, open_file, parse_json
 from graft.core.errors import shorten_text
+from graft.files.errors import make_damage_error, make_misfit_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,29 +174,22 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         if size == int.from_bytes(POINTER, "little"):
             raise CheckpointError(f"{path} is git-lfs's pointer to a file. Run `git lfs pull`.")
         if not 2 <= size <= min(LARGEST_HEADER, whole - 8):
-            raise CheckpointError(
-                f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long. Save or "
-                "download it again."
+            raise make_damage_error(
+                f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long"
             )
         header = parse_json(f.read(size), f"The header of {path}")
         try:
             metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX writes null
             listed = [(name, _parse_entry(entry)) for name, entry in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(
-                f"The header of {path} is damaged: {shorten_text(str(e))}. Download it again."
-            ) from None
+            raise make_damage_error(f"The header of {path} is damaged: {shorten_text(str(e))}") from None
     start, end = 8 + size, 0
     for name, (dtype, shape, begin, stop) in sorted(listed, key=lambda item: item[1][2:]):
         if begin != end or stop - begin != prod(shape) * BITS[dtype] // 8 or start + stop > whole:
-            raise CheckpointError(
-                f"{path} is damaged or cut off: '{name}' is not where its header says. Save it again."
-            )
+            raise make_damage_error(f"{path} is damaged or cut off: '{name}' is not where its header says")
         end = stop
     if start + end != whole:
-        raise CheckpointError(
-            f"{path} is damaged: {whole - start - end} bytes behind its last tensor. Download it again."
-        )
+        raise make_damage_error(f"{path} is damaged: {whole - start - end} bytes behind its last tensor")
     return {
         name: Tensor(shape, dtype, make_part_reader(path, version, start + b, e - b))
         for name, (dtype, shape, b, e) in listed
@@ -272,9 +266,7 @@ def reorder_rows(t: Tensor, heads: int, to_halves: bool) -> Tensor:
 
     rows = t.shape[0]
     if not heads or rows % (2 * heads):
-        raise BaseModelMismatchError(
-            f"{rows} rows of q or k are no {heads} heads of an even size. Give the adapter's base."
-        )
+        raise make_misfit_error(f"{rows} rows of q or k are no {heads} heads of an even size")
     half = rows // heads // 2
     shape = (heads, half, 2) if to_halves else (heads, 2, half)
     order = np.arange(rows).reshape(shape).transpose(0, 2, 1).reshape(-1)

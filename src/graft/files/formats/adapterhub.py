@@ -13,6 +13,7 @@ import numpy as np
 from graft import CheckpointError
 from graft.config.atomic import replace_file
 from graft.config.reading import Json, read_object
+from graft.files.errors import make_damage_error
 from graft.files.formats import Base, adapterhub_places
 from graft.files.formats.peft import round_alpha
 from graft.files.holding import FormatLimits, check_losses, fit_to_format, get_factor_pair, make_shape_error
@@ -119,7 +120,7 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
     for module, of_module in modules.items():
         if scales:
             if "lora_B" not in of_module:
-                raise CheckpointError(f"{path} has no vector for '{module}': it is cut off. Save or download it again.")
+                raise make_damage_error(f"{path} has no vector for '{module}': it is cut off")
             vector = of_module["lora_B"].read().astype("f8").reshape(-1, 1) * alpha
             out.modules[module] = OtherMethod(
                 "IA3", {"ia3_l": make_tensor(vector.astype("f4"), of_module["lora_B"].dtype)}
@@ -135,7 +136,7 @@ def read_first_file(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
     """Return the tensors of the first of these files that a folder has. Raises CheckpointError if it has none."""
     file = take_first(path, files)
     if file is None:
-        raise CheckpointError(f"{path} holds neither {' nor '.join(files)}. Save or download its weights again.")
+        raise make_damage_error(f"{path} holds neither {' nor '.join(files)}")
     return read_tensors(file)[0]
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from graft import BaseModelMismatchError, BottleneckConfig, CheckpointError, ReftConfig
+from graft import BottleneckConfig, CheckpointError, ReftConfig
 from graft.config.reading import Json
 from graft.core.errors import join_some
 from graft.files.bases import view_by_model_names
-from graft.files.errors import BaseNeededError
+from graft.files.errors import BaseNeededError, make_damage_error, make_misfit_error
 from graft.files.formats import Base
 from graft.files.neutral import AdapterFile, OtherMethod
 from graft.files.pickles import from_torch, to_torch
@@ -160,10 +160,7 @@ def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:
         )
     modules = dict(walk(view.model))
     if missing := [block.path for block in blocks if block.path not in modules]:
-        raise BaseModelMismatchError(
-            f"{base.path} has blocks {join_some(missing)} in its files that its model lacks. "
-            "Give the base that the adapter was trained on."
-        )
+        raise make_misfit_error(f"{base.path} has blocks {join_some(missing)} in its files that its model lacks")
     return [block.follow(modules[block.path]) for block in blocks]
 
 
@@ -200,9 +197,7 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
                 R = from_torch(compute_orthonormal_weight(leaves, "projection"), "reft_R")
             named[f"reft_R{end}"] = R
         except KeyError as e:
-            raise CheckpointError(
-                f"{path} lacks {e} of '{module}': it is cut off, or was written wrong. Save or download it again."
-            ) from None
+            raise make_damage_error(f"{path} lacks {e} of '{module}': it is cut off, or was written wrong") from None
         modules.setdefault(module, {}).update(named)
     return set_modules(out, modules, options)
 

@@ -18,7 +18,7 @@ from typing import Any
 from graft import CheckpointError, LossError
 from graft.config.reading import Json, check_value, parse_json
 from graft.files.bases import COMPONENTS
-from graft.files.errors import BaseNeededError, PackageNeededError
+from graft.files.errors import BaseNeededError, PackageNeededError, make_damage_error
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import find_rank_and_alpha, key_of, round_alpha
 from graft.files.holding import FormatLimits, divide_alpha, fit_to_format, get_factor_pair, make_shape_error
@@ -171,10 +171,7 @@ def read_part_configs(metadata: dict[str, str], file: str) -> dict[str, Json]:
         return {}
     fields = parse_json(metadata[METADATA], f"{file}: {METADATA}")
     if not isinstance(fields, dict):
-        raise CheckpointError(
-            f"{file}: {METADATA} is a {type(fields).__name__}, and no dict of the parts' fields. "
-            "Save or download it again."
-        )
+        raise make_damage_error(f"{file}: {METADATA} is a {type(fields).__name__}, and no dict of the parts' fields")
     check_value(fields, f"{file}: {METADATA}", "", 0)
     out: dict[str, Json] = {}
     for key, value in fields.items():
@@ -200,9 +197,7 @@ def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: d
     if "alpha" not in tensors and part in configs:
         r, alpha = find_rank_and_alpha(configs[part], path, "lora_alpha")
         if r != A.shape[0]:
-            raise CheckpointError(
-                f"{file}: '{module}' has rank {A.shape[0]}, and its metadata say {r}. Save or download it again."
-            )
+            raise make_damage_error(f"{file}: '{module}' has rank {A.shape[0]}, and its metadata say {r}")
         scale = alpha / (r**0.5 if configs[part].get("use_rslora") else r)
     magnitude = tensors.get("magnitude")
     if magnitude is not None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from graft import BaseModelMismatchError, CheckpointError, LossError
+from graft import CheckpointError, LossError
 from graft.config.atomic import replace_file
 from graft.config.reading import LARGEST_NUMBER, Json, open_file
 from graft.core.errors import join_some, shorten_text
-from graft.files.errors import BaseNeededError, PackageNeededError
+from graft.files.errors import BaseNeededError, PackageNeededError, make_damage_error, make_misfit_error
 from graft.files.formats import Base, one_file
 from graft.files.formats.gguf_file import MAGIC, import_gguf, read_contents
 from graft.files.holding import FormatLimits, check_losses, fit_to_format, get_factor_pair, make_shape_error
@@ -96,10 +96,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     modules = out.group_by_module(tensors, KEY.fullmatch)
     paths = {name: name for name in modules} if base is None else paths_of(base, arch, path)
     if absent := [name for name in modules if name not in paths]:
-        raise BaseModelMismatchError(
-            f"{base.path if base else ''} has no modules for {join_some(absent, 4)} of {path}. "
-            "Give the adapter's base by --base."
-        )
+        raise make_misfit_error(f"{base.path if base else ''} has no modules for {join_some(absent, 4)} of {path}")
     for name, factors in modules.items():
         out.modules[paths[name]] = read_gguf_pair(path, name, factors, alpha, base)
     return out
@@ -173,10 +170,7 @@ def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
     """
     base_arch, _ = arch_of(base)
     if base_arch != arch:
-        raise BaseModelMismatchError(
-            f"{what} is for a model of architecture '{arch}', and {base.path} is '{base_arch}'. "
-            "Give the base that it belongs to."
-        )
+        raise make_misfit_error(f"{what} is for a model of architecture '{arch}', and {base.path} is '{base_arch}'")
     return index_by_name(
         names_of(base), lambda name, a, b: f"llama.cpp has one name, '{name}', for {a} and {b} of {base.path}."
     )
@@ -329,13 +323,10 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
         number = int(match[1])
         if number >= len(blocks) or values.shape != (blocks[number].width,):
             size = f"{len(blocks)} blocks of width {blocks[0].width}" if blocks else "no blocks"
-            raise BaseModelMismatchError(
-                f"{path} has {name} of shape {values.shape}, and {base.path} has {size}. "
-                "Give the base that it belongs to."
-            )
+            raise make_misfit_error(f"{path} has {name} of shape {values.shape}, and {base.path} has {size}")
         out.modules[blocks[number].path] = OtherMethod("STEERING", {VECTOR: values})
     if not out.modules:
-        raise CheckpointError(f"{path} is a control vector without a direction. Save or download it again.")
+        raise make_damage_error(f"{path} is a control vector without a direction")
     numbers = [i for i, block in enumerate(blocks) if block.path in out.modules]
     out.config |= {"target_modules": "places", "layers": numbers}
     out.selected = frozenset(out.modules)

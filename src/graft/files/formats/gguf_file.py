@@ -15,7 +15,7 @@ from typing import IO, Any
 from graft import CheckpointError
 from graft.config.reading import Json, open_file
 from graft.core.errors import shorten_text
-from graft.files.errors import PackageNeededError
+from graft.files.errors import PackageNeededError, make_damage_error
 from graft.files.tensors import BITS, Tensor, file_version, make_part_reader
 
 MAGIC = b"GGUF"
@@ -58,7 +58,7 @@ class Reader:
 
     def make_damage_error(self, why: str) -> CheckpointError:
         """Return (do not raise) a CheckpointError: the file is damaged or cut off, with the reason `why`."""
-        return CheckpointError(f"{self.path} is damaged or cut off: {why}. Save or download it again.")
+        return make_damage_error(f"{self.path} is damaged or cut off: {why}")
 
     def take(self, n: int) -> bytes:
         """Return the next n bytes, and subtract n from `left`.

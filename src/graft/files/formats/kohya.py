@@ -11,6 +11,7 @@ import numpy as np
 
 from graft import BaseModelMismatchError, CheckpointError, PeftError
 from graft.files import names
+from graft.files.errors import make_damage_error
 from graft.files.formats import Base, one_file
 from graft.files.holding import FormatLimits, divide_alpha, fit_to_format, get_factor_pair, make_shape_error
 from graft.files.names import find_common_method, is_pipeline, join_pipeline, select_pipeline_part
@@ -130,9 +131,7 @@ def take_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], bas
             read_module(out, paths[name], name, of_module, base)
         except IndexError as e:  # a tensor has fewer dimensions than its name says
             shapes = {leaf: t.shape for leaf, t in of_module.items()}
-            raise CheckpointError(
-                f"{out.path}: the tensors of '{name}' have shapes that cannot be: {shapes}. Save or download it again."
-            ) from e
+            raise make_damage_error(f"{out.path}: the tensors of '{name}' have shapes that cannot be: {shapes}") from e
 
 
 def components_of(name: str) -> tuple[str, ...]:
@@ -250,9 +249,8 @@ def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank
         if magnitude.shape[0] != B.shape[0] and magnitude.shape[:2] == (1, A.shape[1]):
             return OtherMethod(DORA_OF_INPUTS, tensors)
         if magnitude.nbytes == 0 or magnitude.shape[0] != B.shape[0] or set(magnitude.shape[1:]) - {1}:
-            raise CheckpointError(
-                f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs. "
-                "Save or download it again."
+            raise make_damage_error(
+                f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs"
             )
         magnitude = magnitude.reshape(B.shape[0])
     kind: Kind = "conv" if len(A.shape) > 2 else "linear"

@@ -11,6 +11,7 @@ from typing import Any
 from graft import CheckpointError
 from graft.config.reading import LARGEST_NUMBER, Json, check_value, open_file
 from graft.core.errors import join_some, shorten_text
+from graft.files.errors import make_damage_error
 from graft.files.formats import Base
 from graft.files.holding import get_factor_pair, make_shape_error
 from graft.files.neutral import AdapterFile, LowRank
@@ -61,9 +62,7 @@ def read_yaml(path: str) -> Json:
     except Exception as e:  # odd tags, dates and numbers raise errors of many types
         raise CheckpointError(f"{path} is damaged, or holds more than plain values: {shorten_text(str(e))}") from None
     if not isinstance(fields, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(fields).__name__}, not the fields of a config. Save or download it again."
-        )
+        raise make_damage_error(f"{path} holds a {type(fields).__name__}, not the fields of a config")
     check_value(fields, path, "", 0)
     return fields
 

@@ -11,6 +11,7 @@ from dataclasses import replace as with_
 from graft import CheckpointError
 from graft.config.atomic import replace_file
 from graft.config.reading import read_object
+from graft.files.errors import make_damage_error
 from graft.files.formats import Base
 from graft.files.holding import (
     FormatLimits,
@@ -84,9 +85,7 @@ def read_mlx_pair(
     """
     (a, b), m = get_factor_pair(tensors, ("lora_a", "lora_b"), path, module), tensors.get("m")
     if m is not None and len(m.shape) != 1:
-        raise CheckpointError(
-            f"{path}: the magnitude of '{module}' has shape {m.shape}, and is no vector. Save or download it again."
-        )
+        raise make_damage_error(f"{path}: the magnitude of '{module}' has shape {m.shape}, and is no vector")
     if len(a.shape) == len(b.shape) == 3 and a.shape[:2] == (b.shape[0], b.shape[2]):
         return LowRank(a, b, scale, "experts", m)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or rank not in (None, a.shape[1]):

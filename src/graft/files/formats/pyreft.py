@@ -13,10 +13,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from graft import BaseModelMismatchError, CheckpointError, LossError, PeftWarning
+from graft import CheckpointError, LossError, PeftWarning
 from graft.config.atomic import replace_file
 from graft.config.reading import Json, read_object
 from graft.core.errors import join_some, warn
+from graft.files.errors import make_damage_error, make_misfit_error
 from graft.files.formats import Base
 from graft.files.holding import FormatLimits, check_losses, fit_to_format
 from graft.files.neutral import AdapterFile, LostModule, OtherMethod
@@ -84,10 +85,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     units: dict[int, int] = {}
     for place in places:
         if place.block >= len(blocks):
-            raise BaseModelMismatchError(
-                f"{path} acts after block {place.block}, and {base.path} has {len(blocks)}. "
-                "Give the base that it belongs to."
-            )
+            raise make_misfit_error(f"{path} acts after block {place.block}, and {base.path} has {len(blocks)}")
         end = "_suffix" if units.setdefault(place.block, 0) else ""
         units[place.block] += 1
         module = out.modules.setdefault(blocks[place.block].path, OtherMethod("REFT", {}))
@@ -121,9 +119,7 @@ def list_places(path: str, fields: Json) -> list[Place]:
     representations, types = fields["representations"], fields["intervention_types"]
     keys = fields.get("sorted_keys")
     if not isinstance(keys, list) or not isinstance(types, list) or not len(keys) == len(types) == len(representations):
-        raise CheckpointError(
-            f"{path}: {CONFIG} does not say one key and one class for each intervention. Save or download it again."
-        )
+        raise make_damage_error(f"{path}: {CONFIG} does not say one key and one class for each intervention")
     places = []
     for entry, key, kind in zip(representations, keys, types):
         layer, component, unit_ = (*entry, *[None] * 3)[:3] if isinstance(entry, list) else (None, None, None)
@@ -136,7 +132,7 @@ def list_places(path: str, fields: Json) -> list[Place]:
                 "block_output, by 'pos'."
             )
         if not isinstance(key, str) or os.path.basename(key) != key:
-            raise CheckpointError(f"{path}: {key!r} is no name of an intervention. Save or download it again.")
+            raise make_damage_error(f"{path}: {key!r} is no name of an intervention")
         places.append(Place(number, key, name))
     if len({place.kind for place in places}) > 1:
         raise CheckpointError(
@@ -159,7 +155,7 @@ def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
 
     file = os.path.join(path, KEY.format(place.key))
     if not os.path.isfile(file):
-        raise CheckpointError(f"{path} lacks {os.path.basename(file)}. Save or download it again.")
+        raise make_damage_error(f"{path} lacks {os.path.basename(file)}")
     state = convert_tensors(read_torch(file), file)
     values = {name.format(end): state[t] for name, sources in SOURCE.items() for t in sources if t in state}
     if "rotate_layer" in state:  # (H, r)
@@ -175,10 +171,7 @@ def read_unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
             )
     shapes = [values[name].shape for name in sorted(values)]
     if len(values) < 3 or len(shapes[2]) != 2 or shapes[1] != shapes[2] or shapes[0] != shapes[2][:1]:
-        raise CheckpointError(
-            f"{file} does not hold A, b and R of one rank and width, but {sorted(state)}: {shapes}. "
-            "Save or download it again."
-        )
+        raise make_damage_error(f"{file} does not hold A, b and R of one rank and width, but {sorted(state)}: {shapes}")
     return values
 
 

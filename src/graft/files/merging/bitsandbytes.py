@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import torch
 
-from graft import CheckpointError
 from graft.config.reading import Json, parse_json
 from graft.files.base import BaseDescription
+from graft.files.errors import make_damage_error
 from graft.files.merging.weights import BaseWeights, of_file, to_file
 from graft.files.tensors import Tensor
 
@@ -69,7 +69,7 @@ class Form(BaseWeights):
                 self.packed[name] = [name, *(part for part in parts if part in base.tensors)]
         for name, parts in self.packed.items():
             if name not in base.tensors:
-                raise CheckpointError(f"{base.path} has '{parts[1]}' and no '{name}'. Save or download the base again.")
+                raise make_damage_error(f"{base.path} has '{parts[1]}' and no '{name}'")
             for part in parts[1:]:
                 self.shapes.pop(part, None)
 
@@ -83,7 +83,7 @@ class Form(BaseWeights):
         where = f"'{key}' of {self.base.path}"
         state = parse_json(bytes(self.base.tensors[key].load()), where)
         if not is_state(state) or not {name, f"{name}.absmax", f"{name}.quant_map"} <= self.base.tensors.keys():
-            raise CheckpointError(f"{where} does not say how its codes are packed. Save or download the model again.")
+            raise make_damage_error(f"{where} does not say how its codes are packed")
         state["dtype"], self.shapes[name] = KINDS[state["dtype"]], tuple(state["shape"])
         self.states[name] = state
         ends = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

@@ -161,42 +161,29 @@ def check_is_plain(adapter: AdapterFile, server: Server) -> None:
     repeated layers; 5. an unknown change of the base; 6. another method than LoRA, unknown or shared tensors, or no
     modules. Tensors that only training needs are allowed.
     """
-    subject = Subject(adapter, server)
-    blockers = [what for name in MERGED for what in subject.find(name)]
-    if blockers:
-        raise LossError(
-            f"{adapter.path} holds {join_some(blockers)}, which plain LoRA cannot hold. Merge it into the base (graft "
-            "merge). KaSA in memory: save it, and export the file."
-        )
-    if stacks := subject.find("experts"):
-        remedies, name = read_server_data()["remedies"], "layout" if server.name in LAYOUTS else "merge"
-        remedy = remedies[name].format(server=server.name, adapter=adapter.path, base="BASE")
-        raise LossError(f"{adapter.path} holds stacks of experts, {join_some(stacks)}: {remedy}.")
-    for row in read_server_data()["servers"][server.name]["rows"]:
-        matches = subject.find(row["when"]) if row["when"] in PLACES and row["remedy"] == "merge" else []
-        if matches:
-            raise LossError(
-                f"{server.name} {row['does']}, and {adapter.path} has factors there: {join_some(matches)}. Merge it "
-                "into the "
-                "base (graft merge), and serve the model."
-            )
-    if what := subject.find("invocation_tokens") + subject.find("layer_replication"):
-        raise LossError(
-            f"{adapter.path} has {join_some(what)}, which neither plain LoRA nor merged weights can do. Serve it from "
-            "a PeftModel."
-        )
-    if adapter.changed_base is not None:
-        raise LossError(
-            f"{adapter.path} belongs to a base that {adapter.changed_base} has changed, and does not say how. Load it "
-            "with graft onto the original base, and save it."
-        )
+    subject, data, path, merge = Subject(adapter, server), read_server_data(), adapter.path, "Merge it (graft merge)"
+    layout = data["remedies"]["layout" if server.name in LAYOUTS else "merge"]
+    rows = [row for row in data["servers"][server.name]["rows"] if row["when"] in PLACES and row["remedy"] == "merge"]
+    refusals: list[tuple[str, list[str], str]] = [  # the words before the parts, the parts, the words behind them
+        (f"{path} holds", [what for name in MERGED for what in subject.find(name)],
+         f", which plain LoRA cannot hold. {merge}. KaSA in memory: save it, and export the file."),
+        (f"{path} holds stacks of experts,", subject.find("experts"),
+         f": {layout.format(server=server.name, adapter=path, base='BASE')}."),
+        *((f"{server.name} {row['does']}, and {path} has factors there:", subject.find(row["when"]), f". {merge}.")
+          for row in rows),
+        (f"{path} has", subject.find("invocation_tokens") + subject.find("layer_replication"),
+         ", which neither plain LoRA nor merged weights can do. Serve it from a PeftModel."),
+        (f"{path} belongs to a base that", [adapter.changed_base] if adapter.changed_base is not None else [],
+         " has changed, and does not say how. Load it with graft onto the original base, and save it."),
+    ]  # fmt: skip
+    for before, parts, after in refusals:
+        if parts:
+            raise LossError(f"{before} {join_some(parts)}{after}")
     unknown = [f"{p}.{name}" for p, of in adapter.low_rank.items() for name in of.extra if not name.startswith(KNOWN)]
     leftovers = [*adapter.unknown_keys, *adapter.shared, *unknown]
     if adapter.method != "LORA" or leftovers or not adapter.modules:
-        raise LossError(
-            f"{adapter.path} ({adapter.method}) is no LoRA, or has more: {join_some(leftovers)}. Merge it (graft "
-            "merge), or see graft.convert_to_lora."
-        )
+        what = f"{path} ({adapter.method}) is no LoRA, or has more: {join_some(leftovers)}"
+        raise LossError(f"{what}. {merge}, or see graft.convert_to_lora.")
 
 
 def check_copied_weights(adapter: AdapterFile, base: Base) -> None:

@@ -206,6 +206,12 @@ def test_rows_by_name_run_although_they_are_valid(project, rows):
     assert len(calls(project)) == 4
 
 
+def test_invalid_leaves_valid_rows_out(project):
+    verify.main("other", root=project)
+    verify.main("--invalid", "good", "other", "gpu", root=project)
+    assert calls(project) == ["ran other", "ran good"]
+
+
 def test_a_stopped_run_goes_on(project, monkeypatch):
     plain = verify.run_row
 

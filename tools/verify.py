@@ -3,6 +3,7 @@
 
     make verify                      all rows without a valid result, in order; stop it and call it again at any time
     make verify ROWS="slow clients"  these rows, even if they are valid; "storages" names storages-hqq and its like
+    make verify ROWS="--invalid slow clients"  those of them that are not valid
     make verify ROWS=--print         print docs/verified.md anew
 
 A row's result has the commit, the date, the seconds and the versions. It stays valid until a file that the row covers
@@ -270,7 +271,9 @@ def run_row(root: Path, row: Row) -> bool:
     path = root / RESULTS / f"{row.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(f"{row.name}: {'passed' if passed else 'FAILED'} after {seconds} s. {says}", flush=True)
+    print(
+        f"{row.name}: {'passed' if passed else 'FAILED'} after {seconds} s. {says}", *result["last_lines"], sep="\n  "
+    )
     return passed
 
 
@@ -353,8 +356,8 @@ def select(rows: list[Row], names: list[str]) -> list[Row]:
 def main(*names: str, root: Path = ROOT) -> None:
     """Run rows, by default all that are neither valid nor need a missing thing, and write the page after each.
 
-    `--list` prints the rows, and `--print` writes the page; both run nothing. Exits with an error if the tree has
-    uncommitted changes, or a row fails.
+    `--list` prints the rows, and `--print` writes the page; both run nothing. `--invalid` leaves valid rows out. Exits
+    with an error if the tree has uncommitted changes, or a row fails.
     """
     rows = list_rows(root)
     if "--list" in names:
@@ -365,8 +368,9 @@ def main(*names: str, root: Path = ROOT) -> None:
         return
     if changes := list_changes(root):
         sys.exit(f"the tree is not clean; commit first, since a result is of a commit:\n{changes}")
-    undone = [row for row in rows if judge(root, row)[0] != "valid" and not row.needs]
-    wanted = select(rows, [*names]) if names else undone
+    wanted = select(rows, [name for name in names if name != "--invalid"]) if names else rows
+    if not names or "--invalid" in names:
+        wanted = [row for row in wanted if judge(root, row)[0] != "valid" and not row.needs]
     failed = []
     for row in wanted:
         if not run_row(root, row):

@@ -377,24 +377,20 @@ class Run:
         values, and its TypeError or ValueError refuses them.
         """
         kind, groups = type(self.optimizer), self.optimizer.param_groups
-        known = groups[0].keys() - FIXED
-        for key in settings:
-            if key not in known:
-                raise ConfigError(
-                    f"Run '{self.name}': its {kind.__name__} has no setting '{key}' to change. It has "
-                    f"{', '.join(sorted(known))}."
-                )
-            if any(group[key] != groups[0][key] for group in groups):
-                raise ConfigError(
-                    f"Run '{self.name}': groups of its parameters have different {key}. Set run.optimizer.param_groups."
-                )
-        if "lr" in settings and self.schedule is not None:
-            raise ConfigError(f"Run '{self.name}': its schedule sets lr. Leave lr out, or add it without schedule.")
-        if settings and kind.__module__.startswith("torch.optim."):
+        known, fault = groups[0].keys() - FIXED, ""
+        if unknown := [key for key in settings if key not in known]:
+            fault = f"its {kind.__name__} has no setting '{unknown[0]}' to change. It has {', '.join(sorted(known))}."
+        elif mixed := [key for key in settings if any(group[key] != groups[0][key] for group in groups)]:
+            fault = f"groups of its parameters have different {mixed[0]}. Set them in run.optimizer.param_groups."
+        elif "lr" in settings and self.schedule is not None:
+            fault = "its schedule sets lr. Leave lr out, or add the run without schedule."
+        elif settings and kind.__module__.startswith("torch.optim."):
             try:
                 kind([nn.Parameter(torch.empty(1))], **settings)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"Run '{self.name}': {error}. Pass another value.") from error
+        if fault:
+            raise ConfigError(f"Run '{self.name}': {fault}")
 
     def prepare_step(self, length: Tensor) -> None:
         """Give the optimizer the row's gradients, and clip them to `clip` by their norm, unless that is None.

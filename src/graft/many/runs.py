@@ -321,30 +321,27 @@ class MultiTrain:
         elif not has_data and (loop_only := [key for key in passed if key in LOOP_ONLY]):
             raise ConfigError(f"Run '{name}' has no data, so {', '.join(loop_only)} cannot be used. Pass data.")
         check_settings(name, clip=clip, steps=steps, accumulate=accumulate, every=every)
-        if every is not None and (valid is None or isinstance(valid, Iterator)):
-            raise ConfigError(f"Run '{name}': every={every} needs validation data to iterate again. Pass a list.")
-        if valid is not None and not hasattr(valid, "__iter__"):
-            raise ConfigError(f"Run '{name}': valid must be batches, such as a DataLoader, got {valid!r}.")
-        if type(seed) is not int:
-            raise ConfigError(f"Run '{name}': seed must be an int, got {seed!r}.")
         if not callable(optimizer):
             check_optimizer_and_schedule(name, optimizer, None, [])
-        for key, function in ("loss", loss), ("stop", stop), ("schedule", schedule):
-            if function is not None and not callable(function):
-                raise ConfigError(f"Run '{name}': {key} must be a function, got {function!r}.")
         user = next((run.name for run in self._runs.values() if run.joins_next_round and run.loader.data is data), None)
-        if user is not None and shares_position(data):
-            raise ConfigError(
-                f"Run '{name}' would take batches from run '{user}', since their data is one iterator or one loader "
-                "with persistent_workers. Give each run its own."
-            )
         cfg = self.model.peft_config.get(name) if config is None and self.model is not None else config
-        if cfg is not None:
-            fault = "puts a prompt before the input" if cfg.is_prompt_learning else ""
-            if getattr(method_of(cfg.peft_type), "has_labelled_loss", False):
-                fault = "adds a loss of the call's labels, which calls of MultiTrain lack"
-            if fault:
-                raise ConfigError(f"Run '{name}': {cfg.peft_type.value} {fault}. Train it without MultiTrain.")
+        fault = ""
+        if every is not None and (valid is None or isinstance(valid, Iterator)):
+            fault = f"every={every} needs validation data to iterate again. Pass a list."
+        elif valid is not None and not hasattr(valid, "__iter__"):
+            fault = f"valid must be batches, such as a DataLoader, got {valid!r}."
+        elif type(seed) is not int:
+            fault = f"seed must be an int, got {seed!r}."
+        elif odd := [key for key in ("loss", "stop", "schedule") if not (given[key] is None or callable(given[key]))]:
+            fault = f"{odd[0]} must be a function, got {given[odd[0]]!r}."
+        elif user is not None and shares_position(data):
+            fault = f"its iterator, or loader with persistent_workers, is that of run '{user}'. Give each run its own."
+        elif cfg is not None and cfg.is_prompt_learning:
+            fault = f"{cfg.peft_type.value} puts a prompt before the input. Train it without MultiTrain."
+        elif cfg is not None and getattr(method_of(cfg.peft_type), "has_labelled_loss", False):
+            fault = f"{cfg.peft_type.value} adds a loss of the call's labels. Train it without MultiTrain."
+        if fault:
+            raise ConfigError(f"Run '{name}': {fault}")
         self._check_base_unchanged(name, config)
         draws = Draws(seed, data)
         state = None if self.folder is None else run_file.load_run(name, self.folder)
@@ -949,13 +946,10 @@ class MultiTrain:
             return
         model = self._peft_model
         self._banks.separate_memory()
-        for run in self._runs.values():
-            if run not in runs:
-                run.set_row(None)
         tensors = {run.name: (run.bank_order, run.parameters) for run in runs}
         self._banks = Banks(tensors, (*model.parameters(), *model.buffers()))
-        for run in runs:
-            run.set_row(self._banks.rows[run.name])
+        for run in self._runs.values():
+            run.set_row(self._banks.rows.get(run.name))
 
     def _complete_batch(self, item: RunBatch) -> RunBatch:
         """Return the batch with the arguments that follow from its labels: `decoder_input_ids`, if the base has
@@ -1417,22 +1411,16 @@ def check_optimizer_and_schedule(
             f"Run '{name}': optimizer must make one of its parameters, as partial(torch.optim.AdamW, lr=1e-3) does; "
             f"got {shorten_text(repr(optimizer))}."
         )
-    if isinstance(optimizer, torch.optim.LBFGS) or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        wrong = optimizer if schedule is None else schedule
-        raise ConfigError(f"Run '{name}': {type(wrong).__name__} needs more than gradients to step. Choose another.")
+    kind, fault = type(optimizer).__name__, ""
     ids, used = {id(p) for p in parameters}, {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if used - ids:
-        raise ConfigError(
-            f"Run '{name}': its {type(optimizer).__name__} holds parameters that are not the run's. Let `optimizer` "
-            "use the parameters that it gets."
-        )
-    if missing := sum(p.requires_grad and id(p) not in used for p in parameters):
-        raise ConfigError(
-            f"Run '{name}': its {type(optimizer).__name__} leaves out {missing} of {len(parameters)} parameters, which "
-            "would never change. Let `optimizer` use all that it gets, or set requires_grad of these to False."
-        )
-    if getattr(schedule, "optimizer", optimizer) is not optimizer:
-        raise ConfigError(
-            f"Run '{name}': its {type(schedule).__name__} is of another optimizer. Let `schedule` use the optimizer "
-            "that it gets."
-        )
+    missing = sum(p.requires_grad and id(p) not in used for p in parameters)
+    if isinstance(optimizer, torch.optim.LBFGS) or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        fault = f"{type(schedule or optimizer).__name__} needs more than gradients to step. Choose another."
+    elif used - ids:
+        fault = f"its {kind} holds parameters that are not the run's. Let `optimizer` use the parameters that it gets."
+    elif missing:
+        fault = f"its {kind} leaves out {missing} of {len(ids)} parameters. Use all, or set requires_grad to False."
+    elif getattr(schedule, "optimizer", optimizer) is not optimizer:
+        fault = f"its {type(schedule).__name__} is of another optimizer. Let `schedule` use the optimizer that it gets."
+    if fault:
+        raise ConfigError(f"Run '{name}': {fault}")

@@ -175,37 +175,34 @@ def sweep(
         CheckpointError: the folder's table is damaged, or has rows of other trials.
         Whatever is raised, the model is as it was.
     """
-    if type(save_every) is not int or save_every < 1:
-        raise ConfigError(f"sweep: save_every must be a positive int, got {save_every!r}.")
     check_config(config)
-    if not callable(optimizer):
-        raise ConfigError(
-            f"sweep: optimizer must be a class of optimizers, or a partial of one, got {shorten_text(repr(optimizer))}."
-        )
     if unknown := options.keys() - OPTIONS:
         raise TypeError(
             f"sweep() takes no {list_names(unknown)}. Arguments of the optimizer go into the space, or a partial of it."
         )
-    if isinstance(valid, Iterator) or not hasattr(valid, "__iter__"):
-        raise ConfigError(
-            f"sweep: valid must be batches that can be iterated again and again, as a DataLoader or a list; got "
-            f"{valid!r}."
-        )
-    check_space_names(space, config, optimizer)
-    ladder = compute_rungs(steps, keep, rungs)
-    settings = list_settings(space, search, n, seed)
     group = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     is_pair = isinstance(share, (tuple, list)) and [type(n) for n in share] == [int, int]
     rank, world = group if share is None else share if is_pair else (0, 0)
-    if not 0 <= rank < world:
-        raise ConfigError(f"sweep: share must be (number of this process, of all), counted from 0, got {share!r}.")
-    if exchange is None:
-        if world not in (1, group[1]):
-            raise ConfigError(
-                f"sweep: share={share} divides the settings among {world} processes, and no process group of this "
-                "size can gather their losses. Call torch.distributed.init_process_group, or pass exchange=."
-            )
-        exchange = gather_rows if world > 1 else lambda rows: [rows]
+    fault = ""
+    if type(save_every) is not int or save_every < 1:
+        fault = f"save_every must be a positive int, got {save_every!r}."
+    elif not callable(optimizer):
+        fault = f"optimizer must be a class of optimizers, or a partial of one, got {shorten_text(repr(optimizer))}."
+    elif isinstance(valid, Iterator) or not hasattr(valid, "__iter__"):
+        fault = f"valid must be batches that can be iterated again and again, such as a list, got {valid!r}."
+    elif not 0 <= rank < world:
+        fault = f"share must be (number of this process, of all), counted from 0, got {share!r}."
+    elif exchange is None and world not in (1, group[1]):
+        fault = (
+            f"share={share} divides the settings among {world} processes, and no process group of this size can gather "
+            "their losses. Call torch.distributed.init_process_group, or pass exchange=."
+        )
+    if fault:
+        raise ConfigError(f"sweep: {fault}")
+    exchange = exchange or (gather_rows if world > 1 else lambda rows: [rows])
+    check_space_names(space, config, optimizer)
+    ladder = compute_rungs(steps, keep, rungs)
+    settings = list_settings(space, search, n, seed)
     trials = [Trial(f"s{i:0{len(str(len(settings) - 1))}}", setting) for i, setting in enumerate(settings)]
     known, configs = {f.name for f in fields(config)}, dict[str, PeftConfig]()
     for trial in trials:  # before any of them trains

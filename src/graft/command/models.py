@@ -59,9 +59,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     except Exception as e:  # of any type, if values of the config contradict each other
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
     if absent := sorted(report["missing_keys"]):  # missing tensors would be random
-        raise make_damage_error(
-            f"The model in {path} lacks the tensors {join_some(absent)} of a {type(model).__name__}"
-        )
+        raise make_damage_error(f"The model in {path} lacks tensors {join_some(absent)} of a {type(model).__name__}")
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 

@@ -84,8 +84,7 @@ def plan(
     whole = build_meta_model(folder)
     if whole is None:
         raise CheckpointError(
-            f"{model} has no config.json that the installed transformers knows. Give another folder, or install a "
-            "newer version."
+            f"{model} has no config.json that this transformers knows. Give another folder, or a newer transformers."
         )
     packed = choose_base_format(read_object(Path(folder, "config.json")), base)
     try:

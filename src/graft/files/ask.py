@@ -316,8 +316,7 @@ def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> LogProb
     if tokens != list(ids):
         text = shorten_text(str(tokens[:8]))
         raise BaseModelMismatchError(
-            f"{connection.url} has the tokens {text}… for the prompt {list(ids)[:8]}…. Check that it serves the same "
-            "base."
+            f"{connection.url} has the tokens {text}… for the prompt {list(ids)[:8]}…. Check that it serves this base."
         )
     return seen
 

@@ -102,8 +102,7 @@ def read_base_files(path: str | os.PathLike[str]) -> BaseDescription:
         for key, tensor in read_header(where)[0].items():
             if key in base.tensors:
                 raise CheckpointError(
-                    f"'{key}' is in two files of {path}, {base.files[key]} and {name}. Remove the file that is not of "
-                    "this model."
+                    f"'{key}' is in two files of {path}, {base.files[key]} and {name}. Remove the wrong one."
                 )
             base.tensors[key], base.files[key], base.shapes[key] = tensor, name, tensor.shape
     base.modules = [*dict.fromkeys(name.rpartition(".")[0] for name in base.tensors)]

@@ -174,14 +174,11 @@ def check_losses(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, le
     """Raise LossError if `left` is empty, also with `lossy`, or if `lost` has entries and `lossy` is False."""
     if not left:
         raise LossError(
-            f"The format {to} can hold nothing of {adapter.path}: {join_some(lost)}. Make it LoRA first, by "
-            "graft.convert_to_lora, if it changes weights."
+            f"{to} can hold nothing of {adapter.path}: {join_some(lost)}. Make it LoRA first: graft.convert_to_lora."
         )
     if lost and not lossy:
         raise LossError(
-            f"The format {to} cannot hold all of {adapter.path}: {join_some(lost)}. Pass lossy=True (--lossy) to "
-            "write the "
-            "rest."
+            f"{to} cannot hold all of {adapter.path}: {join_some(lost)}. Pass lossy=True (--lossy) to write the rest."
         )
 
 

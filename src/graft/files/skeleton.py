@@ -91,8 +91,7 @@ def drop_code_fields(value: Any, file: str) -> Any:
     backbone = value.get("backbone")
     if isinstance(backbone, str) and not (value.get("backbone_config") or value.get("use_timm_backbone", True)):
         raise CheckpointError(
-            f"{file} names the backbone '{backbone}', which graft does not download. Write its config there, as "
-            "backbone_config."
+            f"{file} names the backbone '{backbone}', which graft does not download. Write its backbone_config there."
         )
     return {key: drop_code_fields(v, file) for key, v in value.items() if key not in CODE}
 

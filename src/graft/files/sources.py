@@ -239,8 +239,7 @@ def check_output_is_apart(path: str, sources: Iterable[str | os.PathLike[str]]) 
         source_path = os.path.realpath(source)
         if os.path.commonpath([output, source_path]) in (output, source_path):
             raise OptionError(
-                f"{path} is the source {os.fspath(source)}, or one lies in the other. Sources are never changed: give "
-                "another output."
+                f"{path} is the source {os.fspath(source)}, or one lies in the other. Give another output."
             )
 
 

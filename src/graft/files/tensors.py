@@ -174,9 +174,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         if size == int.from_bytes(POINTER, "little"):
             raise CheckpointError(f"{path} is git-lfs's pointer to a file. Run `git lfs pull`.")
         if not 2 <= size <= min(LARGEST_HEADER, whole - 8):
-            raise make_damage_error(
-                f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long"
-            )
+            raise make_damage_error(f"{path} is no safetensors file, or is cut off: its header would be {size} bytes")
         header = parse_json(f.read(size), f"The header of {path}")
         try:
             metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX writes null

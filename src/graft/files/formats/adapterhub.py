@@ -104,8 +104,7 @@ def read_without_head(path: str, base: Base | None) -> AdapterFile:
     at_places = architecture == "reft" or (architecture is None and "reduction_factor" in config)
     if architecture != "lora" and not at_places:
         raise CheckpointError(
-            f"{path} is an adapter of architecture {architecture!r}: graft reads LoRA, (IA)³, bottlenecks and ReFT of "
-            "AdapterHub."
+            f"{path} is an adapter of architecture {architecture!r}: graft reads LoRA, (IA)³, bottlenecks and ReFT."
         )
     tensors = read_first_file(path, FILES)
     if at_places:

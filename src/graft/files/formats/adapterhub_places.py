@@ -83,8 +83,7 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
             modules.setdefault(where[0], {})[where[1]] = values
     if cfg.phm_layer and not out.shared:
         raise CheckpointError(
-            f"{path} lacks the shared tensor of its Compacter layers (phm_rule): adapters 1.3.0 does not save it. "
-            "Train the adapter anew."
+            f"{path} lacks the shared phm_rule of Compacter layers, which adapters 1.3.0 does not save. Train it anew."
         )
     options_of_file = {f.name: getattr(cfg, f.name) for f in fields_of(BottleneckConfig) if f.name in fields["config"]}
     return set_modules(out, modules, options_of_file)
@@ -223,8 +222,7 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
     ]
     if strange:
         raise CheckpointError(
-            f"{path} is a fusion of a kind that graft has not: {join_some(strange)}. "
-            "Use it with AdapterHub's own library."
+            f"{path} is a fusion of a kind that graft has not: {join_some(strange)}. Use AdapterHub's library."
         )
     blocks, base = find_base_blocks(path, base)
     known: Mapping[str, Any] = base.adapters
@@ -299,8 +297,7 @@ def make_bottleneck_config(path: str, theirs: Json) -> BottleneckConfig:
         strange += [f"{name}={value}" for name, value in norms.items()]
     if strange:
         raise CheckpointError(
-            f"{path} is a bottleneck of a kind that graft has not: {join_some(strange)}. "
-            "Use it with AdapterHub's own library."
+            f"{path} is a bottleneck of a kind that graft has not: {join_some(strange)}. Use AdapterHub's library."
         )
     known = {f.name for f in fields_of(BottleneckConfig)} - {"peft_type", "task_type"}
     options = {name: value for name, value in theirs.items() if name in known and value is not None}

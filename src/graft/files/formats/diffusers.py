@@ -93,8 +93,7 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     kind: Any = getattr(diffusers, name, None) if name.endswith("Pipeline") else getattr(lora_pipeline, mixin, None)
     if not hasattr(kind, "lora_state_dict"):
         raise LossError(
-            f"{name} of diffusers {diffusers.__version__} reads no LoRA files, such as {file}. "
-            "Name a pipeline that does."
+            f"{name} of diffusers {diffusers.__version__} reads no LoRA files such as {file}. Name one that does."
         )
     try:
         state = kind.lora_state_dict(file, local_files_only=True)

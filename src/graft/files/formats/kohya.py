@@ -249,9 +249,7 @@ def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank
         if magnitude.shape[0] != B.shape[0] and magnitude.shape[:2] == (1, A.shape[1]):
             return OtherMethod(DORA_OF_INPUTS, tensors)
         if magnitude.nbytes == 0 or magnitude.shape[0] != B.shape[0] or set(magnitude.shape[1:]) - {1}:
-            raise make_damage_error(
-                f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs"
-            )
+            raise make_damage_error(f"{file}: dora_scale of '{name}' is {magnitude.shape}, for {B.shape[0]} outputs")
         magnitude = magnitude.reshape(B.shape[0])
     kind: Kind = "conv" if len(A.shape) > 2 else "linear"
     return LowRank(A, B, divide_alpha(tensors.get("alpha"), rank), kind, magnitude, mid=mid)
@@ -277,8 +275,7 @@ def add_whole_tensor(out: AdapterFile, key: str, leaf: str, difference: Tensor, 
         return
     if base_value.shape != difference.shape:
         raise CheckpointError(
-            f"{out.path}: the difference of {key} has shape {difference.shape}, not {base_value.shape}. "
-            "Give the base that it belongs to."
+            f"{out.path}: the difference of {key} is {difference.shape}, not {base_value.shape}. Give its own base."
         )
     out.full[key] = make_tensor((base_value.read() + difference.read()).astype("f4"), "F32")
 

@@ -850,8 +850,7 @@ def convert_served(
     """
     if base is None:
         raise BaseNeededError(
-            f"{what} has experts as servers hold them, and only the base model tells their rows apart. Give "
-            "it (--base)."
+            f"{what} has experts as servers hold them, and only the base tells their rows apart. Give it (--base)."
         )
     from graft import PeftConfig
     from graft.files.pickles import from_torch, to_torch

@@ -81,8 +81,7 @@ class Form(BaseWeights):
         kind = self.base.tensors[parts[0]].dtype
         if kind not in ("I32", "I8", "F8_E4M3"):
             raise UnsupportedLayerError(
-                f"'{parts[0]}' is of dtype {kind}, which merging cannot read. "
-                "Merge into the model before it is compressed."
+                f"'{parts[0]}' is of dtype {kind}, which merging cannot read. Merge before it is compressed."
             )
         groups = list((config.get("config_groups") or {}).values())
         bits: set[Any] = {(g.get("weights") or {}).get("num_bits") for g in groups}

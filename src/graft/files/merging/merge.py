@@ -302,8 +302,7 @@ class Work:
             kind = None if key not in self.base.tensors else self.base.tensors[key].dtype
             if key not in self.base_weights.packed and kind is not None and kind not in FLOATS:
                 raise BaseModelMismatchError(
-                    f"'{key}' of {self.base.path} is of dtype {kind} in an unknown form. Merge into the model before "
-                    "quantization."
+                    f"'{key}' of {self.base.path} is of dtype {kind} in an unknown form. Merge before quantization."
                 )
 
     # the plan of the output

@@ -42,8 +42,7 @@ def list_method_changes(job: MergeJob, base: BaseDescription) -> list[TensorChan
     adapter = job.adapter
     if adapter.method in peft.PROMPTS:
         raise LossError(
-            f"{adapter.method} of {job.name} is an input of the model, which no weight can take over. "
-            "Load it with its base."
+            f"{adapter.method} of {job.name} is an input of the model, which no weight can hold. Load it with its base."
         )
     if adapter.method == "FROD" and not adapter.shared:
         raise LossError(

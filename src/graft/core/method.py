@@ -242,7 +242,7 @@ class Method(Generic[C]):
             setattr(cls, name, _reader(name))
             cls.computes_with |= {name}
             kind = str(getattr(annotation, "__name__", annotation))
-            if name.endswith("dropout") and kind == "nn.Module" and hasattr(cls.config, name):
+            if name.endswith("dropout") and kind.endswith("Module") and hasattr(getattr(cls, "config", None), name):
                 cls.dropouts = (*cls.dropouts, name)
             is_container = name.startswith(getattr(cls, "prefix", "")) and not name.endswith("dropout")
             if is_container and not kind.startswith(UNTRAINED_TYPES):

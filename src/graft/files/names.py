@@ -153,7 +153,7 @@ def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base)
         if shape is not None and not is_update_of(loras[path], shape, turned)
     ]
     if wrong:
-        raise make_misfit_error(f"{adapter.path} is for other shapes than {base.path}: {join_some(wrong, 4)}")
+        raise make_misfit_error(f"{adapter.path} is of other shapes than {base.path}: {join_some(wrong, 4)}")
 
 
 def is_stored_in_out(adapter: AdapterFile, base_config: Json) -> bool:

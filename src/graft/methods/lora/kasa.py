@@ -25,16 +25,17 @@ class KaSA(LoRA):
     The base weight stays without the components when the adapter is deleted.
     """
 
-    only_linear = "KaSA takes singular components out of a matrix: it adapts linear layers only"
-
     lora_diag: nn.Parameter  # (r,)
 
     def check(self) -> str | None:
-        """Return the reason of `LoRA.check`. Before that, raises ConfigError if r ≥ the smaller side of a linear
-        layer's weight.
+        """Return a reason against known layers that are not linear, else that of `LoRA.check`.
+
+        Between the two, raises ConfigError if r ≥ the smaller side of a known layer's weight.
         """
         site, r = self.site, self.cfg.r
-        if site.op.linear and r >= min(site.shape):
+        if site.op.known and not site.op.linear:
+            return "KaSA takes singular components out of a matrix: it adapts linear layers only"
+        if site.op.known and r >= min(site.shape):
             raise ConfigError(
                 f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({min(site.shape)}) of "
                 f"layer '{site.key}', or nothing would be left of its weight. Choose a smaller r."

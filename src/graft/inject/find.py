@@ -126,7 +126,7 @@ def resolve_job(job: InjectionJob) -> None:
         check_not_fsdp1(tree.modules.items(), adapter, job.team)
     if in_order and in_order[0].layer_keys:
         assign_lenders(in_order)
-    saved = find_modules_to_save(job)
+    saved = find_modules_to_save(job, names) if (names := getattr(cfg, "modules_to_save", None)) else []
     if saved or job.options.heads:
         job.beside |= make_heads(job, saved)
     if getattr(cfg, "trainable_token_indices", None):
@@ -354,15 +354,14 @@ def why_not_uncalled(method: Method) -> str | None:
     return None if why is None else f"{type(method).__name__} needs its weight, and {why}"
 
 
-def find_modules_to_save(job: InjectionJob) -> list[str]:
-    """Return the paths of the modules that the config's `modules_to_save` names, in the model's order, without those on
-    another pipeline stage. Without names returns [].
+def find_modules_to_save(job: InjectionJob, names: list[str]) -> list[str]:
+    """Return the paths of the modules that `names`, the config's `modules_to_save`, mean, in the model's order, without
+    those on another pipeline stage.
 
     A name means each path that ends so, even within a part. Warns of names without a module on any stage, except for
     those in the config's `_default_heads`, and notes them in the report.
     """
-    names, tree = getattr(job.cfg, "modules_to_save", None) or [], job.tree
-    defaults = getattr(job.cfg, "_default_heads", ())
+    tree, defaults = job.tree, getattr(job.cfg, "_default_heads", ())
     everywhere = [key for key in tree.modules if beside.find_saved_entry(key, names) is not None]
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]
     warn_unmatched("modules_to_save", find_unmatched(missing, set(), tree.modules), job.report)
@@ -557,9 +556,9 @@ def report_matches(
     if matcher.indices:
         reached = {matcher.layer_of(k) for k, v in outcomes.items() if v.outcome == "matched"}
         warn_unmatched("layers_to_transform", {str(i): [] for i in sorted(matcher.indices - reached)}, report)
-    if isinstance(targets, (set, list)) and DUMMY not in targets:
-        missing = find_unmatched(targets, {v.entry for v in verdicts} | left.names, outcomes)
-        warn_unmatched("target_modules", missing, report, of=None if "matched" in outcome_kinds else targets)
+    known = {v.entry for v in verdicts} | left.names
+    if isinstance(targets, (set, list)) and DUMMY not in targets and (free := find_unmatched(targets, known, outcomes)):
+        warn_unmatched("target_modules", free, report, of=None if "matched" in outcome_kinds else targets)
     for name in getattr(cfg, "patterns", {}):
         matched = [*(k for k, v in outcomes.items() if v.outcome == "matched"), *parameters]
         idle = sorted(p for p in getattr(cfg, name) or () if not any(cfg.reaches(p, k, name) for k in matched))

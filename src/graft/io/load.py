@@ -284,7 +284,8 @@ class CheckpointValues:
         if (kind := getattr(self.config, "bias", "none")) != "none":
             self.report.missing_keys += map(in_memory, self._missing_biases(kind, parts, prefix))
         self._check_dtypes([(name, entry.tensor) for entry, name in pairs_to_load] + [*base.items()])
-        self._report_misfits(mismatched, unexpected)
+        if mismatched or unexpected or self.report.missing_keys:
+            self._report_misfits(mismatched, unexpected)
         self.report.loaded = sorted(name for _, name in pairs_to_load)
         self.report.base = sorted(base)
         values: list[tuple[TensorWriter, Tensor]] = [(e.assign, self.tensors[name]) for e, name in pairs_to_load]
@@ -499,7 +500,7 @@ class CheckpointValues:
         `report.mismatched_keys`.
 
         The missing keys in `report` and the unexpected ones raise one AdapterKeyError with `strict`, else one warning.
-        If there are both, the text advises `key_mapping`. Without any nothing happens.
+        If there are both, the text advises `key_mapping`.
         """
         report = self.report
         if mismatched:

@@ -647,10 +647,11 @@ class Registry:
         ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
-        weights, apart = weights_and_apart(composition)
+        weights, apart = weights_and_apart(composition) if composition else (None, False)
         for part in self.carriers():
             part.activate(names, not inference_mode, weights, apart)
-        self._freeze(names)
+        if self.frozen:
+            self._freeze(names)
         self.active_adapters, self.composition = names, composition
         if not self.watched.issuperset(names):
             self.watched.update(names)

@@ -70,3 +70,9 @@ def test_a_large_vocabulary_is_never_transformed():
 @pytest.mark.differs("C3A's `block_size_pattern`, FourierFT's `n_frequency_pattern`")
 def test_the_pattern_reaches_modules_at_the_top():
     assert made(nn.Linear(10, 12), n_frequency_pattern={"0": 7}).base_model.model[0].indices["default"].shape == (2, 7)
+
+
+def test_a_layer_has_only_the_containers_that_hold_tensors():
+    layer = made(nn.Linear(10, 12)).base_model.model[0]
+    assert layer.adapter_layer_names == ("fourierft_spectrum",)
+    assert not hasattr(layer, "places")

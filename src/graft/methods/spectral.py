@@ -42,7 +42,7 @@ class Spectral(Method[S]):
     """The base of FourierFT and WaveFT: ΔW is a transform of a matrix that is zero but at n places."""
 
     shown: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "random_loc_seed")  # facts, with the prefix in front
-    places: ClassVar[str]  # name of the container of the places
+    places: ClassVar[str] = ""  # name of the container of the places
 
     def transform(self) -> Any:
         """Return ΔW, not formed yet; `times(x)` is its product with vectors.

@@ -599,8 +599,8 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
         raise NotImplementedError(_no_bias_text(layer, names))
     keeps_weight = all([effect.keeps_weight for _, effect in steps])
     if undoable:
-        kind, kept = ("bias", None) if keeps_weight else ("restore", _take_snapshot(layer))
-        state.undo.append((kind, kept, None if shifted is None or old is None else old.detach().clone()))
+        old_bias = None if shifted is None or old is None else old.detach().clone()
+        state.undo.append(("bias", None, old_bias) if keeps_weight else ("restore", _take_snapshot(layer), old_bias))
     if not keeps_weight:
         rounded = wide.to(before.dtype)
         if layer.store.exact and rounded is not wide:

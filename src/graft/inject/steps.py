@@ -263,8 +263,10 @@ class ReplacedSteps:
     def record_call(
         self, cfg: PeftConfig, adapter: str, target: Any, place: tuple[Any, str], key: str | None, parameter: str | None
     ) -> None:
-        """Add the site of `target`, or of its parameter, to `job.sites`, and the config of this call of the original
-        `_create_and_replace` to `noted`, a copy if it differs from the adapter's. `place` is (parent, name there).
+        """Record a call of the original `_create_and_replace`. `place` is (parent, name there).
+
+        The site of `target`, or of its parameter, goes to `job.sites`. The call's config goes to `noted`, as a copy if
+        it differs from the adapter's, else as None.
 
         An error is kept in `refused` as well, so that `_ask` raises it if the replacement catches it.
 

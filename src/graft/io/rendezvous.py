@@ -70,7 +70,7 @@ def find_ranks(tensors: Iterable[Tensor]) -> list[int]:
 def check_entries(entries: list[Entry], values: dict[str, Tensor], parts: AdapterCarriers, adapter: str) -> None:
     """Compare the shapes of values to be saved, by file key, with those of the adapter.
 
-    For an entry of a layer that is an empty placeholder, or has another shape than its value, the config gives the
+    An entry of a layer may be an empty placeholder, or have another shape than its value. Then the config gives the
     shape, by a spare layer on the meta device. Of a sharded entry the whole shape counts.
 
     Raises:

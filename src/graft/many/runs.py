@@ -307,10 +307,10 @@ class MultiTrain:
             check_config(config)
         if name in self._runs:
             raise AdapterNameError(f"There is a run '{name}' already. Give this one another name.")
-        given: dict[str, object] = {"data": data, "optimizer": optimizer, "schedule": schedule, "loss": loss}
-        given |= {"clip": clip, "steps": steps, "accumulate": accumulate, "seed": seed}
-        given |= {"stop": stop, "valid": valid, "every": every}
-        passed = [key for key, value in given.items() if value is not ADD_DEFAULTS[key]]
+        options: dict[str, object] = {"data": data, "optimizer": optimizer, "schedule": schedule, "loss": loss}
+        options |= {"clip": clip, "steps": steps, "accumulate": accumulate, "seed": seed}
+        options |= {"stop": stop, "valid": valid, "every": every}
+        passed = [key for key, value in options.items() if value is not ADD_DEFAULTS[key]]
         description: TrainerDescription | None = None
         has_data = data is not None or trainer is not None
         if trainer is not None:
@@ -332,8 +332,8 @@ class MultiTrain:
             fault = f"valid must be batches, such as a DataLoader, got {valid!r}."
         elif type(seed) is not int:
             fault = f"seed must be an int, got {seed!r}."
-        elif odd := [key for key in ("loss", "stop", "schedule") if not (given[key] is None or callable(given[key]))]:
-            fault = f"{odd[0]} must be a function, got {given[odd[0]]!r}."
+        elif odd := [key for key in ("loss", "stop", "schedule") if key in passed and not callable(options[key])]:
+            fault = f"{odd[0]} must be a function, got {options[odd[0]]!r}."
         elif user is not None and shares_position(data):
             fault = f"its iterator, or loader with persistent_workers, is that of run '{user}'. Give each run its own."
         elif cfg is not None and cfg.is_prompt_learning:
@@ -1082,8 +1082,8 @@ class MultiTrain:
     def _run_model(self, items: Sequence[RunBatch]) -> Iterator[tuple[Sequence[object], list[int]]]:
         """Yield the output of each batch, and its number of tokens with padding, from one pass of the model.
 
-        If `_find_fan` finds blocks that may repeat rows, the model gets the rows of the first batch only, and these
-        blocks repeat them for each batch; within the block, too, where they may run again in the backward pass.
+        If `_find_fan` finds blocks that may repeat rows, the model gets the rows of the first batch only. These blocks
+        repeat them for each batch, also if they run again in the backward pass, within the block.
         `use_cache` becomes False if forward takes it and no batch sets it. With gradients enabled, layers use the
         banks, and dropout draws from each run's generator. The first such pass notes that the base draws no random
         numbers. Raises RuntimeError if the output of repeated rows lacks rows.
@@ -1113,9 +1113,9 @@ class MultiTrain:
         bring its rows.
 
         It is [] for a single batch, unequal batches, or arguments that methods look up by row. It is [] also if there
-        are as many rows as the last dimension of the tokens, since rows could not be told from tokens, and if
-        `find_fan` finds no place in the base for the layers and wrappers of these adapters. Its results are cached by
-        the names in their order, until a run is added or removed.
+        are as many rows as the last dimension of the tokens: both would look alike. And it is [] if `find_fan` finds no
+        place in the base for the layers and wrappers of these adapters. Its results are cached by the names in their
+        order, until a run is added or removed.
         """
         if len(items) == 1:
             return []
@@ -1315,8 +1315,8 @@ def refuse_shared_randomness_and_rows(modules: Mapping[str, nn.Module], base_in_
     """Raise ConfigError if these modules of a base, by path, drop inputs or layers, unless `base_in_eval`; or, checked
     next, if rows of a batch affect each other in them. The error names the first place.
 
-    Modules of the classes `DROPS` with p above 0 drop inputs, and positive floats in any module's attributes with
-    "drop" in their name; the mode of the modules does not matter. Rows affect each other in batch normalization of the
+    Modules of the classes `DROPS` with p above 0 drop inputs. So do modules with a positive float in an attribute with
+    "drop" in its name. The mode of the modules does not matter. Rows affect each other in batch normalization of the
     classes `NORMS`, and where `expert_capacity` of a module is not None. With `base_in_eval`, a normalization with
     `track_running_stats` does not count.
     """

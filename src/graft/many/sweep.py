@@ -181,8 +181,9 @@ def sweep(
             f"sweep() takes no {list_names(unknown)}. Arguments of the optimizer go into the space, or a partial of it."
         )
     group = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    is_pair = isinstance(share, (tuple, list)) and [type(n) for n in share] == [int, int]
-    rank, world = group if share is None else share if is_pair else (0, 0)
+    share_of_all = group if share is None else share
+    is_pair = isinstance(share_of_all, (tuple, list)) and [type(n) for n in share_of_all] == [int, int]
+    rank, world = share_of_all if is_pair else (0, 0)
     fault = ""
     if type(save_every) is not int or save_every < 1:
         fault = f"save_every must be a positive int, got {save_every!r}."
@@ -382,8 +383,8 @@ class SweepJob:
         """Exchange rows with the other processes, and update trials, in place, from rows that have losses of more rungs
         or that were dropped. Each process must call this. A row is a dict of all fields of a trial but the setting.
         """
-        here = [{key: value for key, value in vars(trial).items() if key != "setting"} for trial in self.trials]
-        for rows in self.exchange(here):
+        rows_here = [{key: value for key, value in vars(trial).items() if key != "setting"} for trial in self.trials]
+        for rows in self.exchange(rows_here):
             for trial, row in zip(self.trials, rows):
                 if len(row["losses"]) > len(trial.losses) or row["state"] == "dropped":
                     vars(trial).update(row)

@@ -155,7 +155,7 @@ class AdapterSlots:
             self._choice = SlotChoice(first.weight.where()[0], [0])
             self.layers = {key: SlotLayer(site, sizes, self._choice, *options) for key, site in sites.items()}
         self._known: dict[str, KnownAdapter] = {}
-        self._leaving: set[str] = set()  # known to their batches only, for which `unload` waits
+        self._leaving: set[str] = set()  # only their batches know them, and `unload` waits for these
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
         self._pinned: set[str] = set()
         self.gate = Gate(change_timeout)  # its `state_changed` guards the fields below
@@ -396,7 +396,7 @@ class AdapterSlots:
 
     @property
     def names(self) -> list[str]:
-        """All known adapters, without those for whose batches `unload` waits."""
+        """All known adapters, without those that `unload` removes once their batches are done."""
         return [name for name in list(self._known) if name not in self._leaving]
 
     def __contains__(self, name: str) -> bool:

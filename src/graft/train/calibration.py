@@ -93,15 +93,16 @@ def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> N
         )
 
 
-def check_ranks(ranks: Mapping[str, tuple[int, int]], what: str) -> None:
+def check_ranks(ranks: Mapping[str, tuple[int, int]], limit_text: str) -> None:
     """Raise ConfigError for the first layer with a rank above its limit: path → (rank, limit).
 
-    what: the end of the error's first sentence, such as "inputs have {} components", with a place for the limit.
+    `limit_text` ends the error's first sentence, with a place for the limit: "inputs have {} components".
     """
     for key, (r, most) in ranks.items():
         if r > most:
             raise ConfigError(
-                f"The rank of layer '{key}' is {r}, and its {what.format(most)}. Choose a smaller r, or a rank_pattern."
+                f"The rank of layer '{key}' is {r}, and its {limit_text.format(most)}. Choose a smaller r, or a "
+                "rank_pattern."
             )
 
 

@@ -175,13 +175,13 @@ def fold_low_rank(job: MergeJob, path: str, lora: LowRank, spot: Spot) -> Tensor
 
 
 def subtract_shift(job: MergeJob, lora: LowRank, key: str, W: torch.Tensor) -> torch.Tensor:
-    """Return W minus the product B A that an initialisation subtracted before training (`lora.shift`, which has to be
-    there), in new memory; W itself if the base has been changed already.
+    """Return W minus the product B A that an initialisation subtracted before training, in new memory; W itself if the
+    base has been changed already. `lora.shift` must not be None.
 
-    That is so if W's sample is close to the file's sample after the change, and closer than to the one before. Without
-    samples the product is always subtracted. For LoftQ the result is rounded to its bits, 4 unless the config says
-    another number. It is then rounded to the dtype of the checkpoint's tensor `key`, if that is floating, and has the
-    dtype of W.
+    The base has been changed if W's sample is close to the file's sample after the change, and closer than to the one
+    before. Without samples the product is always subtracted. For LoftQ the result is rounded to its bits, 4 unless the
+    config says another number. It is then rounded to the dtype of the checkpoint's tensor `key`, if that is floating,
+    and has the dtype of W.
     """
     assert lora.shift is not None
     config, sample = job.adapter.config, lora.extra.get("lora_shift.sample")

@@ -169,3 +169,10 @@ def test_an_order_is_kept_while_it_sorts():
     assert first.tolist() == [1, 2, 0] and sparse.find_order(places + 2, orders) is first
     assert sparse.find_order(places.flip(0), orders).tolist() == [1, 0, 2] and orders[0] is not first
     assert sparse.find_order(places.sort().values, orders) is None
+
+
+@pytest.mark.parametrize("r", [None, 2])
+def test_a_layer_has_a_rank_only_with_factors(r):
+    config = graft.SupertuningConfig(target_modules=["0"], r=r, sparsity=0.5)
+    layer = graft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).base_model.model[0]
+    assert hasattr(layer, "r") == (r is not None)

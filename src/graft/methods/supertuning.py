@@ -60,6 +60,7 @@ class SuperTuning(Method[SupertuningConfig]):
 
     prefix = "supertuning_"
     targets = LORA
+    facts = ()
 
     supertuning_values: nn.Parameter  # v (k,)
     supertuning_indices: Tensor  # (k,) int32: places in the weight as a flat list, the largest first
@@ -110,7 +111,7 @@ class SuperTuning(Method[SupertuningConfig]):
         int32 zeros, in files only with `save_precomputed_indices`.
 
         With r also the linear layers `supertuning_lora_A` (r, fan_in) and `supertuning_lora_B` (out, r) without bias,
-        `supertuning_lora_dropout` (`make_dropout(cfg.lora_dropout)`) and scaling = alpha / r, 0 without alpha. The
+        `supertuning_lora_dropout` (`make_dropout(cfg.lora_dropout)`), r, and scaling = alpha / r, 0 without alpha. The
         layers begin as nn.Linear does. `orders` of the method becomes []. Floating-point tensors are made on the
         default device, in the default dtype.
         """
@@ -123,6 +124,7 @@ class SuperTuning(Method[SupertuningConfig]):
         if cfg.r is None:
             return values
         return values | dict(
+            r=cfg.r,
             scaling=(cfg.lora_alpha or 0) / cfg.r,
             supertuning_lora_A=make_linear(site.fan_in, cfg.r, bias=False),
             supertuning_lora_B=make_linear(cfg.r, site.out_features, bias=False),

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.random import DrawOnCPU
 from graft.kernels import decomposed, low_rank, narrow, one_product, segments
-from graft.kernels.eager import Function
+from graft.kernels.eager import Function, VmapFunction
 from graft.serving import AdapterSlots
 from tests import models
 from tests.conformance.samples import CELLS
@@ -612,7 +612,8 @@ def test_backward_passes_stay_on_the_device(monkeypatch):
             ran |= functions_behind(y)
             for t, g in zip(tensors, torch.autograd.grad(y.square().sum(), tensors, allow_unused=True)):
                 assert g is None or (g.shape == t.shape and g.device == t.device)
-    all_of_them = {f for f in Function.__subclasses__() if f.__module__.startswith("graft.kernels.")}
+    classes = {*Function.__subclasses__(), *VmapFunction.__subclasses__()} - {VmapFunction}
+    all_of_them = {f for f in classes if f.__module__.startswith("graft.kernels.")}
     # between processes; reads how many rows each expert has; looks where memory begins, in one of two
     apart = {"graft.kernels.cuts", "graft.kernels.experts", "graft.kernels.segments"}
     assert {f.__module__ for f in all_of_them - ran} == apart

@@ -102,8 +102,9 @@ def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool,
     registry.assign_values(adapter, new_values)
     if is_trainable and len([*prompt.modules()]) < before:
         warn(
-            f"The network that computed the prompt of adapter '{adapter}' is gone: the file holds only the prompt. "
-            "Before Trainer resumes, delete the checkpoint's optimizer.pt, or use graft.train.Resumable(strict=False).",
+            f"The network that computed the prompt of adapter '{adapter}' is gone, since the file holds only the "
+            "prompt: an optimizer's earlier state does not fit. Before Trainer resumes, delete optimizer.pt in the "
+            "checkpoint, or use graft.train.Resumable(strict=False).",
             PeftWarning,
         )
     for name in config.results:

@@ -59,12 +59,10 @@ class KnownAdapter:
     """An adapter that fits into a slot.
 
     Attributes:
-        rank: of its slots.
         factors: by layer; None if `read` reads them from their files each time.
         read: returns the factors; None if they are in host memory.
     """
 
-    rank: int
     factors: dict[str, SlotFactors] | None  # by layer; None: `read` reads them from their files
     read: Callable[[], dict[str, SlotFactors]] | None
 

@@ -152,15 +152,17 @@ class AdapterSlots:
         self.sizes, self.max_adapters, self.max_rank = sizes, sum(sizes.values()), max(sizes)
         first = next(iter(sites.values()))
         with torch.inference_mode(False):
-            self._choice = SlotChoice(first.weight.where()[0], [0])
+            self._fills = [0]
+            self._choice = SlotChoice(first.weight.where()[0], self._fills)
             self.layers = {key: SlotLayer(site, sizes, self._choice, *options) for key, site in sites.items()}
         self._known: dict[str, KnownAdapter] = {}
-        self._leaving: set[str] = set()  # only their batches know them, and `unload` waits for these
+        self._leaving: set[str] = set()  # no longer known; `unload` waits for their batches
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
         self._pinned: set[str] = set()
         self.gate = Gate(change_timeout)  # its `state_changed` guards the fields below
         self._using: dict[int, list[str | tuple[str, ...]]] = {}  # the names chosen by open `using` blocks, by thread
         self._line: list[object] = []  # requests that wait for slots, the first one first
+        self._ranks: dict[str, int] = {}  # of an adapter's slot, in or out of it
         self._free: dict[int, list[int]] = {}  # slots, by rank
         self._rank_of = [0, *(rank for rank, n in self.sizes.items() for _ in range(n))]  # by slot
         for slot in range(self.max_adapters, NONE, -1):
@@ -290,7 +292,7 @@ class AdapterSlots:
             TypeError: an option is unknown.
         """
         self._check_known([])
-        check_adapter_name(name, list(self._known), TAKEN)
+        check_adapter_name(name, [*self._known, *self._leaving], TAKEN)
         if unknown := set(hub) - (READING - {"expert_layout"}):
             raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
         if not keep and isinstance(source, (nn.Module, Mapping)):
@@ -309,10 +311,10 @@ class AdapterSlots:
 
         factors = read()
         with self.gate.state_changed:
-            check_adapter_name(name, list(self._known), TAKEN)
+            check_adapter_name(name, [*self._known, *self._leaving], TAKEN)
+            self._known[name] = KnownAdapter(factors, None) if keep else KnownAdapter(None, read)
             needed = find_highest_rank(factors)
-            rank = min(rank for rank in self.sizes if rank >= needed)
-            self._known[name] = KnownAdapter(rank, factors, None) if keep else KnownAdapter(rank, None, read)
+            self._ranks[name] = min(rank for rank in self.sizes if rank >= needed)
 
     def _read_source(
         self, name: str, source: Any, config: PeftConfig | None, adapter: str, hub: dict[str, Any]
@@ -356,12 +358,15 @@ class AdapterSlots:
             self._check_known([name], base=False)
             if name in self._list_in_use(get_ident()):
                 raise RoutingError(f"Adapter '{name}' is in use. Leave the `using` block first.")
+            known = self._known.pop(name)
             self._leaving.add(name)
             try:
                 self._wait(lambda: name not in self._list_in_use(), f"unload({name!r})")
+            except BaseException:
+                self._known[name] = known
+                raise
             finally:
                 self._leaving.discard(name)
-            del self._known[name]
             self._pinned.discard(name)
             if name in self._slots:
                 slot = self._slots.pop(name)
@@ -396,12 +401,11 @@ class AdapterSlots:
 
     @property
     def names(self) -> list[str]:
-        """All known adapters, without those that `unload` removes once their batches are done."""
-        return [name for name in list(self._known) if name not in self._leaving]
+        """All known adapters."""
+        return list(self._known)
 
     def __contains__(self, name: str) -> bool:
-        """Return True for a known adapter; False while `unload` waits for its batches."""
-        return name in self._known and name not in self._leaving
+        return name in self._known
 
     # slots
 
@@ -409,12 +413,11 @@ class AdapterSlots:
         """Raise RoutingError if the slots were removed, or for unknown names. With `base`, "__base__" is allowed."""
         if not self.layers:
             raise RoutingError("The slots were removed from the model. Make new ones to serve adapters again.")
-        known, leaving = self._known, self._leaving
-        unknown = sorted({n for n in names if (n not in known or n in leaving) and not (base and n == BASE)})
+        unknown = sorted({n for n in names if n not in self._known and not (base and n == BASE)})
         if unknown:
             raise RoutingError(
                 f"Unknown adapter(s): {', '.join(unknown)}. Known are "
-                f"{join_some(self.names) if self.names else 'none'}."
+                f"{join_some(self.names) if self._known else 'none'}."
             )
 
     def _list_in_use(self, thread: int | None = None) -> set[str]:
@@ -484,9 +487,9 @@ class AdapterSlots:
     def _is_room_for(self, names: set[str]) -> bool:
         """Return True if there are slots for all of these at once, by rank.
 
-        Unknown names, such as "__base__", need none.
+        Names without a rank, such as "__base__", need none.
         """
-        needed = Counter(self._known[name].rank for name in names if name in self._known)
+        needed = Counter(self._ranks[name] for name in names if name in self._ranks)
         return all(n <= self.sizes[rank] for rank, n in needed.items())
 
     @property
@@ -508,7 +511,7 @@ class AdapterSlots:
         missing = [n for n in wanted if n not in self._slots]
         values = {n: self._get_values(n, read.get(n)) for n in missing}
         for name in missing:
-            rank = self._known[name].rank
+            rank = self._ranks[name]
             free = self._free[rank]
             leaving = (n for n, slot in self._slots.items() if n not in fixed and self._rank_of[slot] == rank)
             slot = free.pop() if free else self._slots.pop(next(leaving))
@@ -542,9 +545,9 @@ class AdapterSlots:
         known = self._known[name]
         values = read[1] if read is not None and read[0] is known else known.factors or known.read()  # type: ignore[misc]
         rank = find_highest_rank(values)
-        if rank > known.rank:
+        if rank > self._ranks[name]:
             raise ConfigError(
-                f"Adapter '{name}' has rank {rank} in its folder by now, and had a slot of rank {known.rank}. "
+                f"Adapter '{name}' has rank {rank} in its folder by now, and had a slot of rank {self._ranks[name]}. "
                 "Call unload(), and load it again."
             )
         return values
@@ -583,7 +586,7 @@ class AdapterSlots:
             torch._foreach_mul_(scaled, scalings)
             if empty:
                 torch._foreach_zero_(empty)
-        self._choice.fills[0] += 1
+        self._fills[0] += 1
         self._choice.gathered.clear()
 
     # serving

@@ -60,6 +60,15 @@ def test_no_model(model):
             call()
 
 
+def test_a_model_with_a_prompt():
+    model = graft.get_peft_model(tiny(), graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "soft")
+    with pytest.raises(graft.ConfigError, match=r"adapter 'soft' is a prompt. Pass the model's get_base_model\(\)"):
+        MultiTrain(model)
+    runs = MultiTrain(model.get_base_model())
+    runs.add("x", lora(), data=batches(1))
+    assert runs.run()["x"].state == "ended"
+
+
 def test_a_model_that_carries_adapters_of_peft():
     model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"]))
     for base in (model, model.get_base_model()):

@@ -167,10 +167,14 @@ class MultiTrain:
         is added.
 
         Raises:
-            ConfigError: `model` is no module, `at_once` is no positive int, the base has dropout and `base_in_eval` is
-                False, or rows of a batch affect each other in it. Modules of adapters are not looked at.
+            ConfigError: `model` is no module or has a prompt, or `at_once` is no positive int. Or the base has dropout
+                and `base_in_eval` is False, or rows of a batch affect each other in it. Modules of adapters are not
+                looked at.
         """
-        get_registry(model)  # raises if it is no model
+        registry = get_registry(model)  # raises if it is no model
+        for name, cfg in () if registry is None else registry.peft_config.items():
+            if cfg.is_prompt_learning:
+                raise ConfigError(f"MultiTrain: adapter '{name}' is a prompt. Pass the model's get_base_model().")
         if type(at_once) is not int or at_once < 1:
             raise ConfigError(f"MultiTrain: at_once must be a positive int, got {at_once!r}.")
         self.model: PeftModel | None = model if isinstance(model, PeftModel) else None

@@ -288,14 +288,16 @@ def read_versions(root: Path, row: Row) -> dict[str, str]:
 
 
 def clean_lines(root: Path, text: str) -> list[str]:
-    """Return the lines of an output that are not empty, without escape sequences, at most 200 characters of each.
+    """Return the lines of an output that are neither empty nor of make about folders, without escape sequences, at most
+    200 characters of each.
 
     ".", ".venv" and "~" replace the paths of the repository, of this interpreter's environment and of the home folder.
     """
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     for path, name in ((root, "."), (sys.prefix, ".venv"), (Path.home(), "~")):
         text = text.replace(str(path), name)
-    return [line.rstrip()[:200] for line in re.split(r"[\r\n]+", text) if line.strip()]
+    lines = [line.rstrip()[:200] for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return [line for line in lines if not re.match(r"make\[\d+\]: (Entering|Leaving) directory", line)]
 
 
 def summarise(lines: list[str]) -> str:

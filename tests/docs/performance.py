@@ -61,7 +61,7 @@ def summary(run: Run) -> str:
     lines = [
         f"- graft is ahead in {len(ahead)} of {len(rows)} rows, in half of these by {ratio(median(ahead))} × or more.",
         f"- {len(rows) - len(ahead) - len(behind)} rows are equal within {100 * NOISE:.0f} %, which is noise here.",
-        f"- PEFT is ahead in {len(behind)}{': ' if named else ''}{named}.",
+        f"- PEFT is ahead in {f'{len(behind)}: {named}' if behind else 'none'}.",
         f"- The run: {run.run}. {run.versions}.",
     ]
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def test_packing_by_matrix_has_the_bits_of_the_package(kind, make):
         W, held = getattr(source, name).data, stacks.find_matrices(m, name)
         other = held.remake(lambda e, W=W, flipped=held.flipped: (W[e].T if flipped else W[e]).exp())
         found = other.remake(lambda e, W=W, flipped=held.flipped: W[e].T if flipped else W[e])
-        assert torch.equal(found.codes, held.codes) and not torch.equal(other.codes, held.codes)
+        assert torch.equal(found.weight, held.weight) and not torch.equal(other.weight, held.weight)
         before, after = held.state.as_dict(), found.state.as_dict()
         assert before.keys() == after.keys()
         for key, value in before.items():

@@ -463,3 +463,7 @@ def test_variants_of_a_layer():
     with pytest.raises(AttributeError, match=r"merge\(\) and unmerge\(\)"):
         layer.lora_variant["dora"].merge_unsafe(layer, "dora", layer.weight)
     assert not GRAFT.wrap(base(), LINEAR, "VeraConfig").base_model.model.blocks[0].k.lora_variant
+    variants = layer.lora_variant
+    assert len(variants) == 1 and "default" not in variants
+    model.delete_adapter("dora")
+    assert "dora" not in variants

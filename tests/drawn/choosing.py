@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from tests.drawn.__main__ import FOLDERS, OUT
-from tests.drawn.mapping import PACKAGE, Record
+from tests.drawn.mapping import PACKAGE, ROOT, Record
 from tests.quick import LONG, WITH, draw_names
 
 OFTEN = 8  # tests of a line beyond which another counts for nothing
@@ -64,9 +64,15 @@ def number_lines(record: Record, tests: Collection[str]) -> dict[str, set[int]]:
     return lines
 
 
+def is_defined(test: str) -> bool:
+    """Return True if a test's file has its function; False for a law that the file imports."""
+    file, *names = test.partition("[")[0].split("::")
+    return f"def {names[-1]}(" in (ROOT / file).read_text()
+
+
 def main() -> None:
     record = Record(OUT)
-    usable = [test for test in record.times if test.partition("[")[0] not in LONG]
+    usable = [test for test in record.times if test.partition("[")[0] not in LONG and is_defined(test)]
     chosen = choose_tests(number_lines(record, usable), record.times, draw_names(usable), float(sys.argv[1]))
     WITH.write_text("\n".join(sorted(chosen)) + "\n")
 

@@ -160,8 +160,7 @@ def test_files_of_configurations(sample, tmp_path):
 def test_its_own_dict(sample):
     """Sets, enums and all: what a config says of itself makes an equal one."""
     configs = [sample.config(lib) for lib in LIBS]
-    ours, theirs = map(plain, configs)
-    assert {k: ours[k] for k in theirs} == theirs  # graft may have fields of its own
+    assert plain(configs[0]) == plain(configs[1])  # without graft's own fields
     ours, theirs = (config.to_dict() for config in configs)
     special = {k: type(v).__name__ for k, v in theirs.items() if isinstance(v, (set, Enum))}
     assert special.items() <= {k: type(v).__name__ for k, v in ours.items()}.items()

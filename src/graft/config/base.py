@@ -201,19 +201,17 @@ class PeftConfig:
     # dicts and files
 
     def to_dict(self) -> Json:
-        """Return a dict with deep copies of all fields except `runtime_fields`; nested dataclasses become dicts.
+        """Return a dict with deep copies of the fields; nested dataclasses become dicts.
 
-        Sets and enums stay as they are; a config made of the dict is equal.
+        `runtime_fields` are left out, and so are fields in `beyond` (unknown to PEFT) that have their default. Sets and
+        enums stay as they are; a config made of the dict is equal.
         """
-        return {k: v for k, v in asdict(self).items() if k not in self.runtime_fields}
+        left_out = {k for k in self.beyond if getattr(self, k) == type(self).__dataclass_fields__[k].default}
+        return {k: v for k, v in asdict(self).items() if k not in left_out and k not in self.runtime_fields}
 
     def to_file_dict(self) -> Json:
-        """Return the fields for adapter_config.json: sets as sorted lists, enums as their values.
-
-        `runtime_fields` are left out, and so are fields in `beyond` (unknown to PEFT) that have their default.
-        """
-        known = type(self).__dataclass_fields__
-        return {k: to_json_value(v) for k, v in self.to_dict().items() if k not in self.beyond or v != known[k].default}
+        """Return the fields of `to_dict` for adapter_config.json: sets as sorted lists, enums as their values."""
+        return {k: to_json_value(v) for k, v in self.to_dict().items()}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], auto_mapping_dict: dict[str, object] | None = None, **_: object

@@ -541,7 +541,7 @@ class MixedPlan:
             if plain is None or plain[3]:
                 return None
             factors.append((*fused.absorb_vectors(plain[0], plain[1], f), plain[2]))
-        return add_groups(y, x, factors, order, sizes, in_order) if can_add_groups(y, x, factors, sizes) else None
+        return add_groups(y, x, factors, order, sizes, in_order) if can_add_groups(factors, sizes) else None
 
 
 def make_stack_updates(plans: Sequence[tuple[int, FoldedPlan]], tokens: int) -> list[StackUpdate]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -44,6 +44,25 @@ class VariantForward:
     def __getattr__(self, name: str) -> NoReturn:
         """Raise AttributeError for PEFT's other attributes of a variant."""
         raise AttributeError(f"A variant has no '{name}' in graft. Call merge() and unmerge() of its layer.")
+
+
+class Variants(Mapping[str, VariantForward]):
+    """The adapters of a layer with a forward other than plain LoRA's, by name, as they are at each access."""
+
+    def __init__(self, layer: Layer):
+        self.layer = layer
+
+    def _find_variants(self) -> dict[str, VariantForward]:
+        return {name: VariantForward(m) for name, m in self.layer.methods.items() if m.is_variant}
+
+    def __getitem__(self, name: str) -> VariantForward:
+        return self._find_variants()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._find_variants())
+
+    def __len__(self) -> int:
+        return len(self._find_variants())
 
 
 class ReadOnlyNames(list[str]):
@@ -214,9 +233,9 @@ class PeftNames:
     # attributes that a forward written for PEFT's layers uses
 
     @property
-    def lora_variant(self: Layer) -> dict[str, VariantForward]:
-        """Return the adapters with a forward other than plain LoRA's, by name."""
-        return {name: VariantForward(m) for name, m in self.methods.items() if m.is_variant}
+    def lora_variant(self: Layer) -> Variants:
+        """Return the adapters with a forward other than plain LoRA's, by name; a deleted adapter disappears from it."""
+        return Variants(self)
 
     def _check_forward_args(self, x: Tensor, *args: object, **kwargs: object) -> None:
         """Do nothing: names of rows are checked where the model is called."""

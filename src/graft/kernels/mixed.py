@@ -16,8 +16,8 @@ STACKED = 2**20  # numbers in the stacked factors: copying more is slower than a
 Factors = Sequence[tuple[Tensor, Tensor, float]]  # A (r, in), B (out, r), scaling
 
 
-def can_add_groups(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
-    """Return True if `add_groups` takes these factors; y and x do not matter.
+def can_add_groups(factors: Factors, sizes: Sequence[int]) -> bool:
+    """Return True if `add_groups` takes these factors.
 
     All must have one dtype. Where autograd records they must also have one shape, equal numbers of rows, and at most
     `STACKED` numbers together.

@@ -334,6 +334,12 @@ def test_factors_are_unchanged_only_while_their_modules_have_the_same_weights():
     assert fused.is_unchanged(f, f, segment)
 
 
+@pytest.mark.parametrize("field, size", [("gain", 3), ("inner", 2), ("outer", 3)])
+def test_factors_with_a_gain_or_a_vector_share_no_call_of_the_base(field, size):
+    A, B, x = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False), torch.zeros(5, 4)
+    assert fused.make_segment(torch.zeros(3, 4), Factors(A, B, **{field: torch.ones(size)}), x, len(x)) is None
+
+
 def test_a_module_in_place_of_the_layer_gets_the_keyword_arguments():
     class Norm(nn.LayerNorm):
         def forward(self, x, scale=1.0):

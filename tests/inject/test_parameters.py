@@ -198,6 +198,19 @@ def test_dropout_takes_the_same_inputs_out_of_all_rows():
     assert torch.equal(logits(model), expected)
 
 
+@FUSED_EXPERTS
+@pytest.mark.filterwarnings("ignore:After the first backward pass")
+def test_a_stack_may_train_beside_its_adapter():
+    model, found = on_stacks(graft, "mixtral"), []
+    for each in (model, copy.deepcopy(model).merge_and_unload()):
+        weight = next(p for n, p in each.named_parameters() if n.endswith("down_proj")).requires_grad_()
+        y = logits(each)
+        y.sin().sum().backward()
+        found.append((y.detach(), weight.grad))
+    for t, expected in zip(*found):
+        assert_close(t, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_gradient_checkpointing_and_compiling():
     model = on_stacks(graft, "gpt_oss")
     model.train()

@@ -83,8 +83,11 @@ KINDS = {
     "trained": lambda: nn.Parameter(torch.ones(2)),
     "drawn again": lambda: Transient(nn.Parameter(torch.ones(2))),
     "a module": lambda: nn.Linear(2, 1),
+    "never trained": lambda: nn.Parameter(torch.ones(2), requires_grad=False),
 }
-IN_FILES, IN_STATE = ("saved", "in files", "trained", "a module"), ("saved", "trained", "drawn again", "a module")
+TRAINED = ("trained", "drawn again", "a module")
+IN_FILES = ("saved", "in files", "trained", "a module", "never trained")
+IN_STATE = ("saved", "never trained", *TRAINED)
 
 
 @pytest.mark.parametrize("one", KINDS)
@@ -95,6 +98,9 @@ def test_each_adapter_keeps_the_kind_of_its_tensors(one, other):
     for name, kind in (("a", one), ("b", other)):
         assert any(s.container == "thing_B" for s, _ in layer.tensors(name)) == (kind in IN_FILES)
         assert any(key.startswith(f"thing_B.{name}") for key in layer.state_dict()) == (kind in IN_STATE)
+        layer.set_requires_grad(name)
+        trained = {n for n, p in layer.named_parameters() if p.requires_grad and n.startswith(f"thing_B.{name}")}
+        assert bool(trained) == (kind in TRAINED)
     layer.drop("a")
     made(lambda: {"thing_A": parameter(), "thing_B": KINDS[other]()}, "a", layer)
     assert any(s.container == "thing_B" for s, _ in layer.tensors("a")) == (other in IN_FILES)

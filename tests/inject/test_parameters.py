@@ -4,6 +4,7 @@
 import copy
 import pickle
 import re
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -245,6 +246,19 @@ class Stack(nn.Module):
 def stack():
     with seeded(0):
         return nn.ModuleDict({"m": Stack(), "out": nn.Linear(10, 10)})
+
+
+def test_merging_into_a_tied_parameter_leaves_the_other_module_as_it_is():
+    net = nn.ModuleDict({"a": stack()["m"], "b": stack()["m"]})
+    net["b"].up = net["a"].up
+    config = graft.LoraConfig(r=2, target_modules=[], target_parameters=["a.up"], init_lora_weights=False)
+    model, tied = graft.get_peft_model(net, config), net["b"]
+    expected, other = net["a"](X), tied(X)
+    model.merge_adapter()
+    assert_close(net["a"](X), expected)
+    assert torch.equal(tied(X), other)
+    model.unmerge_adapter()
+    assert layers(model)["a.up"].get_base_layer().up is tied.up
 
 
 def run(model, x):
@@ -601,6 +615,26 @@ def test_old_names_in_a_config_become_pefts_new_ones(targets):
     for field in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
         assert getattr(ours, field) == getattr(theirs, field), field
     assert a.keys() == b.keys() and {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
+
+
+@FUSED_EXPERTS
+def test_old_names_where_a_renaming_also_fits_todays_path(monkeypatch):
+    """As of DeepSeek-OCR 2: `layers` becomes `language_model.layers`, where `layers` stands again."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+
+    table = [
+        WeightRenaming(r"layers\.", "inner.layers."),
+        WeightConverter("experts.*.w2.weight", "experts.down", operations=[MergeModulelist(dim=0)]),
+    ]
+    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", lambda *_: table)
+    experts = nn.Module()
+    experts.down = nn.Parameter(torch.zeros(4, 8, 6))
+    net = nn.ModuleDict({"inner": nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": experts})])})})
+    net.config = SimpleNamespace(model_type="renamed")
+    config = graft.LoraConfig(r=2, target_modules=["w2"])
+    model = graft.get_peft_model(net, config)
+    assert config.target_parameters == {"down"} and [*layers(model)] == ["inner.layers.0.experts.down"]
 
 
 @FUSED_EXPERTS

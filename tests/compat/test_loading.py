@@ -10,7 +10,7 @@ pytest.importorskip("transformers.core_model_loading", reason="transformers befo
 START = """
 import graft.compat.peft
 graft.compat.peft.install()
-import json, tempfile, torch, transformers, graft
+import json, tempfile, torch, transformers, warnings, graft
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 
@@ -134,7 +134,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def test_the_layout_that_unsloth_notes():
-    """Columns of B by expert, which the config's `lora_B_layout` says."""
+    """Columns of B by expert, which the config's `lora_B_layout` says; without it one warning is given for all stacks."""
     run_script("""
 model = on_stacks()
 with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +145,14 @@ with tempfile.TemporaryDirectory() as folder:
             tensors[name] = tensors[name].view(-1, 2, 3).transpose(1, 2).reshape(-1, 6).contiguous()
     save_file(tensors, f"{folder}/adapter_model.safetensors")
     path = Path(folder, "adapter_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(lora_B_layout="grouped_by_expert")))
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | dict(auto_mapping=dict(unsloth_fixed=True))))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make().load_adapter(folder)
+    (text,) = [text for w in caught if "trained by Unsloth" in (text := str(w.message))]
+    assert text.startswith("Adapter 'default' (load it by PeftModel.from_pretrained)"), text
+    path.write_text(json.dumps(fields | dict(lora_B_layout="grouped_by_expert")))
     same(make, folder)
     loaded = graft.PeftModel.from_pretrained(make(), folder)
     torch.testing.assert_close(logits(loaded), logits(model))

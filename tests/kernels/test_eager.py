@@ -138,6 +138,27 @@ def test_other_hooks_on_all_modules(register):
     assert eager.eager()
 
 
+def test_gradients_of_several_uses_are_summed_before_others_are_added():
+    """1e8 - 1e8 + 1: in another order the 1 would be lost."""
+    x = torch.ones(3, requires_grad=True)
+    inner = eager.once(x)
+    (inner * 1e8 - inner * 1e8 + x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["with a gradient", "without"])
+@pytest.mark.parametrize("records", [True, False], ids=["recorded", "no_grad"])
+def test_a_base_layer_gets_the_very_input_if_it_records_no_gradient(trains, records):
+    """As without the adapter; else a view."""
+    made, seen = model("LORA"), []
+    layer = made.base_model.model[0]
+    layer.base_layer.register_forward_pre_hook(lambda _m, args: seen.extend(args))
+    x = inputs().requires_grad_(trains)
+    with torch.set_grad_enabled(records):
+        made(x)
+    assert (seen[0] is x) == (not (trains and records)) and seen[0].data_ptr() == x.data_ptr()
+
+
 @every
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_meta(name, share):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import graft
 import graft.core.fused as fused_forms
@@ -408,6 +409,20 @@ def test_a_product_that_replaces_the_weight(out, merged):
     delta = one_product.Replacement(B, A, W0)
     assert_close(delta.columns(torch.arange(IN)), delta.dense().T, rtol=1e-5, atol=1e-5)
     assert delta.linear_with(W0.bfloat16(), None, x.bfloat16(), nn.functional.linear, input_gradient) is None
+
+
+@pytest.mark.parametrize(
+    "out, r, rows", [(80, 40, 10), (80, 40, 200), (80, 20, 30), (20, 20, 50), (20, 4, 4), (30, 60, 30)]
+)
+def test_a_product_that_replaces_the_weight_takes_the_fewer_multiplications(out, r, rows):
+    """In training of A and x: by the factors, or by the sum, whichever takes fewer."""
+    with seeded(8):
+        (W, B), (x, A) = randn((out, IN), (out, r), grad=False), randn((rows, IN), (r, IN))
+    with FlopCounterMode(display=False) as counter:
+        y = one_product.Replacement(B, A, W).linear_with(W, None, x, nn.functional.linear, input_gradient)
+        y.sum().backward()
+    by_factors, by_sum = rows * r * (2 * out + 3 * IN), out * IN * (3 * rows + 2 * r)
+    assert counter.get_total_flops() == 2 * min(by_factors, by_sum)
 
 
 def test_a_hadamard_product_by_columns():

@@ -149,6 +149,19 @@ def test_rows_in_the_file_count(tmp_path, monkeypatch):
         )
 
 
+def test_clusters_that_k_means_has_not_settled_are_those_of_peft():
+    """Here it stops after 10 iterations; four more would move six rows."""
+    with seeded(0):
+        W = torch.randn(200, 20)
+    sizes = []
+    for lib in LIBS:
+        base = nn.Sequential(nn.Linear(20, 200, bias=False))
+        base[0].weight.data.copy_(W)
+        model = lib.get_peft_model(base, lib.AdamssConfig(target_modules=["0"], r=8, num_subspaces=8))
+        sizes.append([p.shape for p in model.base_model.model[0].adamss_B["default"]])
+    assert sizes[0] == sizes[1]
+
+
 def other_base():
     base = models.make("mlp")
     with torch.no_grad():

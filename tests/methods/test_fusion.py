@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdapterFusion by its formula, and as AdapterHub's library computes it: files and outputs of its own."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,14 @@ HERE = Path(__file__).parent / "fixtures"
 CASES = sorted(folder.name for folder in (HERE / "fusion").iterdir())
 
 
-def fused(name="llama", preset="seq_bn", fill=True, **options):
+def fused(name="llama", preset="seq_bn", fill=True, dtype=torch.float32, upcast=(True, True), **options):
+    """upcast: whether the bottlenecks are in float32 whatever the base, and whether the fusion is."""
     with seeded(3):
-        config = graft.BottleneckConfig.preset(preset, reduction_factor=2)
-        model = graft.get_peft_model(make(name), config, "a", mixed=True)
-        model.add_adapter("b", graft.BottleneckConfig.preset(preset, reduction_factor=2))
-        model.add_adapter("both", graft.AdapterFusionConfig(adapters=["a", "b"], **options))
+        config, of = graft.BottleneckConfig.preset(preset, reduction_factor=2), dict(autocast_adapter_dtype=upcast[0])
+        model = graft.get_peft_model(make(name).to(dtype), config, "a", mixed=True, **of)
+        model.add_adapter("b", graft.BottleneckConfig.preset(preset, reduction_factor=2), **of)
+        config = graft.AdapterFusionConfig(adapters=["a", "b"], **options)
+        model.add_adapter("both", config, autocast_adapter_dtype=upcast[1])
         for path, p in model.named_parameters() if fill else ():
             if "bottleneck_" in path or "fusion_" in path:
                 p.data.add_(torch.randn_like(p) * 0.2)
@@ -78,6 +81,23 @@ def test_the_formula():
     scores = torch.stack([(q(h) * k(of)).sum(-1) for of in u])
     expected = h + sum(p[..., None] * v(of) for p, of in zip(scores.softmax(0), u))
     assert_close(seen["y"], expected)
+
+
+@pytest.mark.parametrize("upcast", [(False, True), (True, False), (True, True)])
+@torch.no_grad()
+def test_a_fusion_in_another_dtype_than_its_bottlenecks_or_the_base(upcast):
+    model = fused(dtype=torch.bfloat16, upcast=upcast)
+    y, expected = output(model, inputs("llama")), output(copy.deepcopy(model).double(), inputs("llama"))
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - expected).norm() < 0.06 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_token_of_several_rows():
+    """As generation gives them, one after another."""
+    model, ids = fused(), inputs("llama")["input_ids"][:, :1]
+    assert len(ids) > 1
+    assert_close(output(model, dict(input_ids=ids)), torch.cat([output(model, dict(input_ids=i[None])) for i in ids]))
 
 
 def test_only_the_fusion_trains_and_its_loss_has_the_regularization():

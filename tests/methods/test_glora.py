@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import graft
+from graft.kernels.low_rank import FUSED_FROM
 from tests import models
 from tests.models import adapted
 from tests.pair import LIBS, close, output, randomize
@@ -48,6 +49,18 @@ def test_its_formula(kind):
     W = base.weight * (1 + A) + B
     b = base.bias * (1 + D) + E + (base.weight @ C)[:, 0]
     close(model(X), X @ W.T + b)
+
+
+@pytest.mark.parametrize("kind", ["vector", "constant"])
+def test_a_sum_of_features_may_be_more_than_half_precision_holds(kind):
+    """B is added to each weight: so it multiplies the sum of x, here 80,000."""
+    base = nn.Sequential(nn.Linear(400, 6)).half()
+    model = graft.get_peft_model(base, graft.GloraConfig(target_modules=["0"], **KINDS[kind]))
+    layer = model.base_model.model[0]
+    layer.base_layer.weight.data.zero_()
+    layer.glora_B["default"].X.data.fill_(1e-3)
+    y = model(torch.full((FUSED_FROM, 400), 200.0, dtype=torch.float16))
+    close(y - layer.base_layer.bias, torch.full_like(y, 80), 1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

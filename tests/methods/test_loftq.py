@@ -55,6 +55,9 @@ def test_product_and_quantized_weight_are_near(bits):
         assert_close(B @ A, torch.linalg.svd(W - Q)[0][:, :r] @ torch.linalg.svd(W - Q)[0][:, :r].T @ (W - Q))
     assert max(errors) < 0.95 * (W - round_to_bits(W, bits)).norm()
     assert bits == 8 or errors[0] > errors[1] > errors[2]  # more rounds come nearer
+    for narrow in (weight(3, 40), weight(40, 3)):  # of a rank below r: nothing is lost
+        Q, A, B = loftq_init(narrow, bits, r)
+        assert_close(Q + B @ A, narrow)
     refuses(ValueError, "`loftq_bits` must be one of 4, 8", loftq_init, W, 3, r)
     refuses(ValueError, "`loftq_iter` must be at least 1", loftq_init, W, 4, r, 0)
 

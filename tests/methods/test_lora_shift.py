@@ -126,6 +126,21 @@ def test_a_base_that_has_been_changed_already_is_left_alone(how, tmp_path):
     assert torch.equal(output(loaded), output(model))
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_in_half_precision_it_is_the_same_base(how, tmp_path):
+    """As it was, or as the initialisation made it: rounded to 8 bits, its values are known."""
+    models.seed(1)
+    model = started(how)
+    model.save_pretrained(tmp_path)
+    quiet(lambda: graft.PeftModel.from_pretrained(base(torch.bfloat16), tmp_path))
+    models.seed(1)
+    changed = started(how).unload().bfloat16()
+    kept = changed.lin0.weight.clone()
+    with pytest.warns(graft.PeftWarning, match="changed already as the .* initialisation of adapter 'default' does it"):
+        loaded = graft.PeftModel.from_pretrained(changed, tmp_path)
+    assert torch.equal(layers(loaded)["lin0"].base_layer.weight, kept)
+
+
 def test_another_base_is_said(tmp_path):
     started("pissa").save_pretrained(tmp_path)
     other = base()

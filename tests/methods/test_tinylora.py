@@ -6,7 +6,7 @@ import torch
 
 import graft
 from tests import models
-from tests.pair import adapt, close, output, randomize
+from tests.pair import LIBS, adapt, close, output, randomize
 from tests.samples import Sample, first
 
 SAMPLE = first("TINYLORA")
@@ -29,6 +29,19 @@ def test_groups_of_layers(tying, groups):
     assert len(list(model.base_model.tinylora_v["default"].parameters())) == expected
     if layers == 5:
         assert expected == groups
+
+
+def test_a_layer_tells_the_rank_that_it_has():
+    """That of its smaller side, if `r` is more."""
+    ours, theirs = (
+        {
+            m.in_features: m.r
+            for m in adapt(lib, Sample("TINYLORA", "x", "mlp", dict(SAMPLE.kwargs, r=12))).modules()
+            if hasattr(m, "tinylora_P")
+        }
+        for lib in LIBS
+    )
+    assert ours == theirs and min(r["default"] for r in ours.values()) < 12
 
 
 def test_values_of_a_merged_base_do_not_enter_the_start():

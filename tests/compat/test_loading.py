@@ -150,7 +150,7 @@ with tempfile.TemporaryDirectory() as folder:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make().load_adapter(folder)
-    (text,) = {text for w in caught if "trained by Unsloth" in (text := str(w.message))}
+    (text,) = [text for w in caught if "trained by Unsloth" in (text := str(w.message))]
     assert text.startswith("Adapter 'default' (load it by PeftModel.from_pretrained)"), text
     path.write_text(json.dumps(fields | dict(lora_B_layout="grouped_by_expert")))
     same(make, folder)

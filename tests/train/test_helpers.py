@@ -225,6 +225,7 @@ def test_rescale_adapter_scale():
 def test_inspect_matched_modules():
     pairs = [(adapt(lib, LORA), inspect_) for lib, inspect_ in zip(LIBS, (functional.inspect_matched_modules, THEIRS))]
     ours, theirs = (function(model.base_model) for model, function in pairs)
+    assert ours == functional.inspect_matched_modules(pairs[0][0])  # the PeftModel, as PEFT's users pass
     assert ours["matched"] == theirs["matched"] and set(ours["unmatched"]) <= set(theirs["unmatched"])
 
 

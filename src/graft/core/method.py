@@ -659,9 +659,8 @@ class Layer(Protocol):
     def may_fuse(self) -> bool:
         """True if a kernel may overwrite the base layer's output and not call the module. A declaration only."""
 
-    @property
-    def type_name(self) -> str:
-        """PEFT's class name for this kind of layer. A declaration only."""
+    def _get_name(self) -> str:
+        """The layer's name in repr and errors, such as "lora.Linear". A declaration only."""
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:

@@ -390,8 +390,8 @@ class MixedPlan:
         if len(rows.segments) > 1:
             site = self.layer.site
             raise RoutingError(
-                f"Layer '{site.key}': {self.layer.type_name} does not support mixed adapter batches yet, as "
-                "modules around it use its weight and do not tell the row of each input. Give all rows of a batch one "
+                f"Layer '{site.key}': {self.layer._get_name()} does not support mixed adapter batches yet. "
+                "Modules around it use its weight and do not tell the row of each input. Give all rows of a batch one "
                 "adapter, or make adapters that leave this layer out."
             )
         return self.plans[rows.segments[0][0]]

@@ -348,15 +348,6 @@ class PeftNames:
     # names and repr
 
     @property
-    def type_name(self: Layer) -> str:
-        """Return PEFT's class name for this kind of layer: "ParamWrapper" for a parameter, "Linear" also for a Conv1D,
-        else the name of the base layer's type.
-        """
-        if self.site.path != self.site.key:
-            return "ParamWrapper"
-        return "Linear" if self.site.type_name == "Conv1D" else self.site.type_name
-
-    @property
     def parameter_name(self: Layer) -> str:
         """Return the name of the adapted parameter of a layer around a parameter.
 
@@ -368,10 +359,13 @@ class PeftNames:
 
     def _get_name(self: Layer) -> str:
         """Return the name for repr: folders of the methods on the layer, joined by "+" ("graft" without methods), and
-        the type, such as "lora.Linear". Folders in `CLASS_NAMES` give PEFT's name instead.
+        PEFT's name for the type, such as "lora.Linear". Folders in `CLASS_NAMES` give PEFT's name instead.
+
+        The type is "ParamWrapper" for a parameter, "Linear" also for a Conv1D, else the base layer's.
         """
+        kind = "ParamWrapper" if self.site.path != self.site.key else self.site.type_name.replace("Conv1D", "Linear")
         modules = {type(m).__module__.removeprefix("graft.methods.").split(".")[0]: None for m in self.methods.values()}
-        return CLASS_NAMES.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{self.type_name}")
+        return CLASS_NAMES.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{kind}")
 
     def extra_repr(self: Layer) -> str:
         """Return "adapters=[…], active=[…]" for repr, after "parameter_name='…', " if the layer is for a parameter.

@@ -166,6 +166,10 @@ class StackArranger:
         """Keep the layout that the fields of the file's config tell, and the adapter and file that warnings name."""
         self.layout, self.what, self.doubts = StackLayout.from_config(fields), what, set[str]()
 
+    def __deepcopy__(self, memo: object) -> StackArranger:
+        """Return itself. transformers makes a copy for each stack, and all share the doubts."""
+        return self
+
     def convert(self, layer: AdapterLayer, pair: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return A and B of a stack by key, first A, in graft's layout; `pair` itself if they cannot be factors of the
         layer.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from graft.config.bounds import must_be
 from graft.config.fields import ADAMSS, COUNT, POSITIVE, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.effect import Factors, Product
@@ -75,7 +76,8 @@ class AdamssConfig(Targets, LayerRange):
         if not self.use_asa:
             return
         for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent"):
-            POSITIVE.check(name, getattr(self, name), " with `use_asa=True`")
+            kind = "number" if name == "asa_schedule_exponent" else "integer"
+            must_be(f"a positive {kind} when `use_asa=True`", POSITIVE.allows).check(name, getattr(self, name))
         if self.init_warmup >= self.final_warmup:
             raise ConfigError(
                 f"`init_warmup` ({self.init_warmup}) must be less than `final_warmup` ({self.final_warmup}) when "

@@ -59,8 +59,8 @@ class Road(Method[RoadConfig]):
         n, g = self.site.out_features, self.cfg.group_size
         if n % g:
             raise ConfigError(
-                f"The out_features of the base layer must be divisible by group_size ({g}) when using RoadLayer, but "
-                f"layer '{self.site.key}' has {n}. Choose another group_size, or do not target it."
+                f"The out_features of the base layer must be divisible by group_size ({g}) when using RoadLayer. "
+                f"Layer '{self.site.key}' has {n}. Choose another group_size, or do not target it."
             )
         return super().check()
 

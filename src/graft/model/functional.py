@@ -230,8 +230,9 @@ def calling(model: nn.Module) -> AbstractContextManager[object]:
 
 def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:
     """Return the paths of all modules, {"matched": […], "unmatched": […]}, by whether the adapter's config targets
-    them.
+    them. A PeftModel may be passed, too.
     """
+    tuner = get_registry(tuner).holder
     targets = make_target_test(tuner, tuner.peft_config[adapter_name])
     paths: dict[str, list[str]] = {"matched": [], "unmatched": []}
     for key in survey_model(tuner.model).modules:

@@ -75,7 +75,7 @@ def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int =
     """Return Q (out, in), A (r, in) and B (out, r) with Q + B A ≈ weight (out, in): LoftQ's `num_iter` rounds, computed
     in float32.
 
-    Q has the weight's dtype, A and B are float32.
+    Q has the weight's dtype, A and B are float32. r is `reduced_rank`, at most the smaller side of the weight.
 
     Raises:
         ConfigError: `num_bits` is neither 4 nor 8, or `num_iter` is less than 1.
@@ -101,7 +101,7 @@ def alternate(W: Tensor, bits: int, r: int, rounds: int) -> tuple[Tensor, Tensor
 
 def decompose(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Return A (r, in) and B (out, r), with B A the best approximation of rank r of W; each has the roots of the
-    singular values.
+    singular values. With r above the smaller side of W, they have that many rows and columns.
     """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = S[:r].sqrt()

@@ -201,6 +201,23 @@ def test_gradient_checkpointing_counts_once(model):
     assert_close(model(x, labels=labels()).loss, found[0][0])
 
 
+@pytest.mark.parametrize("labelled", [True, False], ids=["in its output", "apart"])
+def test_a_whole_model_under_gradient_checkpointing(labelled, model):
+    """The backward pass calls the model again, which collects its values anew."""
+    x, found = inputs(), []
+
+    def run(x):
+        return model(x, labels=labels()).loss if labelled else model(x).square().mean()
+
+    for again in (None, False, *[True] * labelled):
+        loss = run(x) if again is None else checkpoint(run, x.clone().requires_grad_(), use_reentrant=again)
+        (loss + model.auxiliary_loss()).backward()
+        found.append(gradients(model))
+    assert len(found[0]) == 2
+    for other in found[1:]:
+        assert_close(other, found[0])
+
+
 def test_a_gradient_within_the_forward_pass_counts_once(model):
     """As a model takes forces from its energy: the backward pass runs checkpointed layers again within the call."""
     base, x = model.get_base_model(), inputs()

@@ -54,6 +54,7 @@ class ThreadState(local):
         self.tapped: dict[tuple[str, str], Tensor] = {}  # inputs of all rows, by (adapter, the layer that reads them)
         self.handed: dict[str, Tensor] = {}  # by adapter: values of `pass_to_layers`
         self.noted: dict[str, list[AuxiliaryValue]] | None = None  # by adapter; None: no `collect_values` block
+        self.backward = -1  # the backward pass (`get_backward`) around that block
         self.losses: dict[str, Loss] = {}  # by adapter: of the last run, if `output.loss` lacks it
 
 
@@ -184,13 +185,17 @@ class Call:
         """
         return self.thread_state.handed.get(adapter)
 
-    def collect_values(self) -> AbstractContextManager[dict[str, list[AuxiliaryValue]]]:
-        """Return a context manager that collects the values that `record_value` gets in this thread within the block.
+    @contextmanager
+    def collect_values(self) -> Iterator[dict[str, list[AuxiliaryValue]]]:
+        """Collect the values that `record_value` gets in this thread within the block, outside of backward passes that
+        begin within it.
 
         It yields the dict from adapter to its values, filled as layers run. A nested block has a separate dict.
         Afterwards the dict of an outer block, or None, is set again.
         """
-        return self.set_in_block("noted", {})
+        noted: dict[str, list[AuxiliaryValue]] = {}
+        with self.set_in_block("backward", get_backward()), self.set_in_block("noted", noted):
+            yield noted
 
     def record_value(self, adapter: str, layer: str, value: Tensor) -> None:
         """Record a value of a layer, per row or a parameter, for `Method.compute_auxiliary_loss`.
@@ -198,13 +203,13 @@ class Call:
         The value keeps its graph.
 
         The record includes the index of the rows that the layer sees now. Nothing is recorded outside `collect_values`,
-        as when a layer is called without the model, nor within a backward pass of eager code, which runs layers again.
+        as when a layer is called without the model, nor where a backward pass within that block runs layers again.
 
         Raises:
             NotImplementedError: gradients are off and the value needs none, as under reentrant gradient checkpointing.
         """
         noted = self.thread_state.noted
-        if noted is None or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
+        if noted is None or get_backward() != self.thread_state.backward:
             return
         if not (torch.is_grad_enabled() or value.requires_grad):  # a parameter does even under no_grad
             raise NotImplementedError(
@@ -443,6 +448,11 @@ class Call:
                 "each forward, or turn checkpointing off."
             )
         return restored.context
+
+
+def get_backward() -> int:
+    """Return the number of the backward pass that runs in this thread; -1 if there is none, and for a compiler."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def live_threads() -> frozenset[int | None]:

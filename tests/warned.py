@@ -56,7 +56,7 @@ WARNED = [
     Warned(
         r"\w+ entry '.*' matched nothing",
         "targets name layers of several models",
-        MATRICES + "inject/test_parameters.py::test_old_checkpoints_load_into_stacks "
+        MATRICES + "model/tasks/ inject/test_parameters.py::test_old_checkpoints_load_into_stacks "
         "model/test_scaling.py::test_injection_is_linear_however_targets_are_named",
     ),
     Warned(r"The following \w+_pattern keys did not match", "patterns name layers that are no targets",

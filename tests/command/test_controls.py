@@ -60,7 +60,7 @@ VERBS = [
     ("lint A", 0), ("lint A --base BASE", 0), ("resize A -o OUT --rank 2", 0),
     ("resize A -o OTHERS --rank 2 --force", 2),
     ("extract TUNED BASE -o OUT --rank 2", 0), ("merge BASE A -o OUT", 0), ("merge BASE A -o OTHERS --force", 2),
-    ("convert A --to gguf --base BASE -o OUT", 0 if find_spec("gguf") else 2), ("convert A --to mlx -o OUT", 0),
+    ("convert A --to gguf --base BASE -o OUT", 5 if find_spec("gguf") else 2), ("convert A --to mlx -o OUT", 0),
     ("convert DORA --to kohya -o OUT", 0),
     ("check A --for vllm,sglang,llama.cpp,mlx --base BASE", 1), ("check DORA --for vllm", 1),
     ("export A --for vllm --base BASE -o OUT", 0), ("export DORA --for vllm --base BASE -o OUT", 5),

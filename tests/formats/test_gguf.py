@@ -114,6 +114,16 @@ def test_a_model_is_no_adapter(tmp_path):
         formats.read(tmp_path / "model.gguf")
 
 
+def test_a_type_that_the_package_does_not_know(tmp_path):
+    path, name = tmp_path / "adapter.gguf", b"blk.0.attn_q.weight.lora_a"
+    data = bytearray((FIXTURES / "gguf_llama" / "adapter.gguf").read_bytes())
+    at = data.index(name) + len(name) + 4 + 2 * 8  # the number of dimensions, and two of them
+    data[at : at + 4] = (99).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="of type 99"):
+        convert_adapter_file(path, tmp_path / "out", to="peft")
+
+
 @pytest.mark.parametrize("keep", [0.02, 0.3, 0.7, 0.99])
 def test_a_file_that_is_cut_off(tmp_path, keep):
     whole = FILE.read_bytes()

@@ -62,7 +62,7 @@ def test_outputs(sample, autocast):
     a, b = (models.output(m, batch(sample)) for m in (ours, theirs))
     assert a.dtype == b.dtype
     # three steps of bfloat16: the order of the casts may differ. FRoD's whole weight is a product of three matrices
-    close(a.float(), b.float(), 0.15 if sample.method == "FROD" else 0.06)
+    assert (a.float() - b.float()).square().mean().sqrt() < (0.04 if sample.method == "FROD" else 0.025)
 
 
 OTHER = [

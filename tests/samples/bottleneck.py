@@ -11,7 +11,7 @@ LAWS = [
     Sample("BOTTLENECK", "gated", dict(reduction_factor={"default": 2}, non_linearity="gelu", use_gating=True,
                                        ln_before=True, scaling="channel")),
     Sample("BOTTLENECK", "compacter", dict(reduction_factor=1, phm_layer=True, phm_dim=2, scaling="learned",
-                                           init_weights="bert", non_linearity="gelu"), identity=2e-2),
+                                           init_weights="bert", non_linearity="gelu")),
 ]  # fmt: skip
 REFUSED = [("BOTTLENECK", "conv", UnsupportedLayerError, "acts on vectors")]
 UNMERGEABLE = [("BOTTLENECK", "", NotImplementedError, "it changes activations")]

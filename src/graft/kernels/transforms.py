@@ -139,10 +139,10 @@ class Waves(NamedTuple):
     def factors(self, index: Tensor) -> Tensor:
         """Return n / 2 for each frequency f in `index`, as f and -f share a cosine; n for the frequencies 0 and n / 2.
 
-        They have torch's default dtype.
+        They are float32.
         """
         alone = (index == 0) | (2 * index == self.n)  # every other f has the same cosine as -f
-        return torch.where(alone, float(self.n), self.n / 2)
+        return torch.full_like(index, self.n / 2, dtype=torch.float32).masked_fill(alone, float(self.n))
 
     def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
         """Return cos and -sin of 2π f q / n for the frequencies f in `index` and the samples q: two tensors (indices,

@@ -93,7 +93,7 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
     if len(stack) < n:
         return torch.linalg.svd(stack, full_matrices=True).Vh.T.contiguous()
     Q, R = torch.linalg.qr(stack)
-    eye = alpha * torch.eye(n, device=stack.device)
+    eye = alpha * torch.eye(n, dtype=stack.dtype, device=stack.device)
     parts = Q.split([len(W) for W in weights])
     T = sum(torch.linalg.inv(part.T @ part + eye) for part in parts) / len(parts)
     return R.T @ torch.linalg.eigh(T).eigenvectors

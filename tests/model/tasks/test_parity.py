@@ -44,7 +44,7 @@ UNLIKE = [
            "these methods do not know Conv1D"),
     Unlike("loss", "C3A", "llama opt gemma3 neox qwen mixtral SEQ_2_SEQ_LM SEQ_CLS TOKEN_CLS QUESTION_ANS", DIFFERS,
            "the gradient of the input is that of another matrix"),
-    Unlike("logits loss generate", "BEFT SHIRA SUPERTUNING BOFT PSOFT", "gpt2", "Conv1D", "nor do these"),
+    Unlike("logits loss generate", "BEFT SHIRA SUPERTUNING BOFT PSOFT LILY", "gpt2", "Conv1D", "nor do these"),
     Unlike("logits generate", "OSF", "gpt2", DIFFERS, "it passes Conv1D by in silence"),
     Unlike("loss", "OSF", "gpt2", "assert ", "so that nothing trains"),
     Unlike("logits loss", "TRAINABLE_TOKENS", "TOKEN_CLS QUESTION_ANS", "'NoneType' object is not iterable",

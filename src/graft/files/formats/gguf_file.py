@@ -163,7 +163,7 @@ class Reader:
             block, size = 1, BITS[DTYPES[kind]] // 8
         else:  # (0, 0) if the package gguf does not have the type
             block, size = import_gguf().GGML_QUANT_SIZES.get(kind, (0, 0))
-        nbytes = prod(shape) // block * size
+        nbytes = prod(shape) // max(block, 1) * size
         if not block or (shape[-1] if shape else 1) % block or begin + nbytes > self.version[0]:
             raise self.make_damage_error(
                 f"tensor '{shorten_text(name)}' of type {kind} and shape {shape} is not all there"

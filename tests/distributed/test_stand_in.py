@@ -151,6 +151,22 @@ def test_the_variable_alone(script):
         assert python("-c", code, **{children.VARIABLE: value}).split() == ["peft.tuners.lora.config", *[installed] * 2]
 
 
+def test_a_loaded_client_asks_first(tmp_path):
+    """Its import of peft is the first of graft, which sets the version in the client's module that looked for it."""
+    client = tmp_path / "diffusers"
+    client.mkdir()
+    (client / "__init__.py").touch()
+    (client / "utils.py").write_text("_peft_version = ''\n")
+    (client / "hooks.py").write_text("import diffusers.utils\nfrom peft.helpers import disable_input_dtype_casting\n")
+    path = os.pathsep.join([children.FOLDER, str(tmp_path)])
+    code = "import diffusers.hooks as h, diffusers.utils, peft, sys; from peft import helpers; "
+    code += (
+        "assert peft is sys.modules['peft'] and h.disable_input_dtype_casting is helpers.disable_input_dtype_casting;"
+    )
+    code += "print(diffusers.utils._peft_version, peft.LoraConfig.__module__)"
+    assert python("-c", code, path=path, **{children.VARIABLE: "1"}).split() == [VERSION, "graft.methods.lora.config"]
+
+
 def test_without_asking_nothing_is_handed_down(tmp_path):
     code = f"""
 import graft.compat.peft as alias, os, subprocess, sys

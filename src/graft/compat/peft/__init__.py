@@ -118,14 +118,13 @@ def uninstall() -> None:
 
 
 def stand_in() -> None:
-    """Replace the module `peft` that is being imported by graft's.
+    """Put graft's module `peft` into `sys.modules`, in place of the one that is being imported.
 
-    The package `peft` of the folder `as_peft` calls this.
+    The package `peft` of the folder `as_peft` calls this, after it took itself out of `sys.modules`.
 
-    Puts the finder first in `sys.meta_path` with the default version, unless it is there, and imports `peft` again. The
+    Puts the finder first in `sys.meta_path` with the default version, unless it is there, and imports `peft`. The
     clients' names and flags are not set.
     """
-    sys.modules.pop("peft", None)
     if not is_installed():
         FINDER.version = choose_version(None)
         sys.meta_path.insert(0, FINDER)  # no client looked for PEFT in vain: none is settled

@@ -242,9 +242,8 @@ def select_peft_modules(modules: Iterable[str]) -> list[str]:
 
 
 def real_peft() -> dict[str, ModuleType]:
-    """Return an installed PEFT's modules in `sys.modules`, by name, without graft's aliases and its package `as_peft`.
+    """Return an installed PEFT's modules in `sys.modules`, by name, without graft's aliases.
 
     An entry None, as set by a program that hides a module, is included.
     """
-    imported = {m: sys.modules[m] for m in select_peft_modules(list(sys.modules))}
-    return {m: x for m, x in imported.items() if x is None or not (isinstance(x, AliasModule) or "STAND_IN" in vars(x))}
+    return {m: x for m in select_peft_modules(list(sys.modules)) if not isinstance(x := sys.modules[m], AliasModule)}

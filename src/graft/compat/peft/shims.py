@@ -7,9 +7,10 @@ import copy
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,8 +56,7 @@ def build_peft_weight_mapping(
     """
     from transformers.core_model_loading import WeightRenaming
 
-    types = METHODS if peft_config is None else [peft_config.peft_type]
-    prefixes = dict.fromkeys(method_of(t).prefix for t in types)
+    prefixes = dict.fromkeys(method_of(t).prefix for t in (METHODS if peft_config is None else [peft_config.peft_type]))
     changes: list[Conversion] = [WeightRenaming(r"^base_model\.model\.", "")]
     for prefix in prefixes:
         changes.append(WeightRenaming(rf"({re.escape(prefix)}[^\.]*)", rf"\1.{adapter_name}"))
@@ -89,8 +89,7 @@ def make_expert_converters(
     if not path.endswith("experts"):
         return []
     parts = [pattern.removesuffix(".weight") for pattern in conversion.source_patterns]
-    if parameter != OUTER and nested:
-        path += ".base_layer"
+    path += ".base_layer" * (nested and parameter != OUTER)
     return [
         type(conversion)(
             source_patterns=[f"{part}.lora_{side}.*" for part in parts],
@@ -107,16 +106,21 @@ def make_stack_converters(adapter_name: str, config: LoraConfig) -> list[WeightC
     Two for each last module name before the parameter: below `base_layer`, and directly. One operation is shared, so
     that a doubt about the layout is warned of once.
     """
-    from transformers.core_model_loading import WeightConverter
+    from transformers.core_model_loading import WeightConverter, WeightTransform
 
     operation = Arranging(adapter_name, config)
     names = {name.split(".")[-2] for name in config.target_parameters or () if "." in name}
-    both = [
-        [f"{name}{within}.lora_{side}.{adapter_name}.weight" for side in "AB"]
-        for name in sorted(names)
-        for within in (".base_layer", "")
-    ]
-    return [WeightConverter([pair[0], pair[1]], pair, [operation]) for pair in both]  # type: ignore[list-item]
+    converters = []
+    for name, within in product(sorted(names), (".base_layer", "")):
+        pair = [f"{name}{within}.lora_{side}.{adapter_name}.weight" for side in "AB"]
+        try:
+            converter = WeightConverter([*pair], [*pair], [operation])  # type: ignore[list-item]
+        except ValueError:  # transformers 5.20 lets its own operations alone convert two tensors at once
+            converter = WeightConverter.__new__(WeightConverter)
+            WeightTransform.__init__(converter, [*pair], [*pair])
+            converter.operations, converter.force_cpu = [operation], False  # type: ignore[list-item]
+        converters.append(converter)
+    return converters
 
 
 def targets_outer(config: LoraConfig, converters: list[WeightConverter]) -> bool:
@@ -319,23 +323,20 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     return get_site("", module, ModuleTree(module)).weight.read()
 
 
-@contextmanager
 def gather_params_ctx(
     param: Tensor | Iterable[Tensor], modifier_rank: int | None = 0, fwd_module: nn.Module | None = None
-) -> Iterator[None]:
-    """Gather parameters that DeepSpeed's ZeRO-3 partitioned, for the block; without such parameters do nothing.
+) -> AbstractContextManager[object]:
+    """Return a context that gathers parameters partitioned by DeepSpeed's ZeRO-3; without such it does nothing.
 
     Args:
         modifier_rank: rank of the process that keeps its changes of the block.
     """
     params = [param] if isinstance(param, Tensor) else list(param)
-    if any(hasattr(p, "ds_id") for p in params):
-        import deepspeed
+    if not any(hasattr(p, "ds_id") for p in params):
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
 
-        with deepspeed.zero.GatheredParameters(params, modifier_rank=modifier_rank, fwd_module=fwd_module):
-            yield
-    else:
-        yield
+    return GatheredParameters(params, modifier_rank, fwd_module)  # type: ignore[no-any-return]
 
 
 def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager[object]:

@@ -239,3 +239,11 @@ def test_declarations_are_read_however_they_are_written(future, module):
     x = torch.ones(2, 4)
     assert torch.equal(layer(x), layer.base_layer(x) * 2 + 0.5)
     assert layer._get_name().endswith(".Linear") and repr(layer)
+
+
+def test_a_type_with_conv1d_in_its_name_keeps_it():
+    class MyConv1D(nn.Linear):
+        pass
+
+    model = graft.get_peft_model(nn.Sequential(MyConv1D(4, 3)), graft.LoraConfig(target_modules=["0"]))
+    assert model.base_model.model[0]._get_name() == "lora.MyConv1D"

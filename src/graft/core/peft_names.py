@@ -363,7 +363,8 @@ class PeftNames:
 
         The type is "ParamWrapper" for a parameter, "Linear" also for a Conv1D, else the base layer's.
         """
-        kind = "ParamWrapper" if self.site.path != self.site.key else self.site.type_name.replace("Conv1D", "Linear")
+        base = self.site.type_name
+        kind = "ParamWrapper" if self.site.path != self.site.key else "Linear" if base == "Conv1D" else base
         modules = {type(m).__module__.removeprefix("graft.methods.").split(".")[0]: None for m in self.methods.values()}
         return CLASS_NAMES.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{kind}")
 

@@ -14,6 +14,7 @@ FACTORIES = {
 BUILT = {"build", "build_largest", "init_values", "share", "__init__"}  # injection chooses the device around these
 # other functions that make tensors on torch's default device: start values, and those of the CPU by design
 ELSEWHERE = {
+    "core/random.py __torch_function__": 1, "core/random.py build_on": 1, "inject/build.py add_layers": 1,  # ask for it
     "kernels/orthogonal.py butterfly_order": 1, "methods/adamss.py find_clusters": 2,
     "methods/finegates.py compression": 2, "methods/frod.py basis": 1, "methods/frod.py support": 2,
     "methods/gralora.py blocks": 1, "methods/gralora.py draw_factor": 1, "methods/lora/start.py directions": 2,

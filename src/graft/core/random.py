@@ -122,7 +122,7 @@ class DrawOnCPU(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _CREATE or func in _LIKE:
             like = args[0] if func in _LIKE else None
-            default = torch.get_default_device() if like is None else like.device
+            default = torch.empty(0).device if like is None else like.device
             device = torch.device(kwargs.pop("device", None) or default)
             if device.type == "meta":
                 return func(*args, **kwargs, device=device)
@@ -154,8 +154,7 @@ def build_on(device: torch.device | None, default: torch.device | None = None) -
     None and "meta" as `device` mean the CPU. The context does nothing if the default device is meta, or if both devices
     are CPUs. `default` is torch's default device, to save the call that reads it.
     """
-    if default is None:
-        default = torch.get_default_device()
+    default = default or torch.empty(0).device  # get_default_device of torch 2.6 does not see `with torch.device(…)`
     if device is None or device.type == "meta":
         device = CPU
     if default.type == "meta" or (default.type == "cpu" and device.type == "cpu"):

@@ -363,7 +363,7 @@ def add_layers(job: InjectionJob) -> None:
     """
     shared, adapter, call, options = job.shared.wrap_containers(), job.adapter, job.call, job.options
     loads, on_meta = options.values is not None, options.on_meta
-    default = torch.get_default_device()
+    default = torch.empty(0).device
     nothing, started = [], []
     tied = {key: method for key, method in job.methods.items() if method.source is not None}
     for key, method in (job.order | tied).items():

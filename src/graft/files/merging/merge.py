@@ -75,7 +75,7 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
         adapters: one path, or a list.
     """
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    on_cpu = torch.get_default_device().type == "cpu"  # values come from files, whatever device is the default
+    on_cpu = torch.empty(0).device.type == "cpu"  # values come from files, whatever device is the default
     with nullcontext() if on_cpu else torch.device("cpu"):
         return merge_adapters(base, adapters, output, **options)
 

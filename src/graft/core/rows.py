@@ -419,13 +419,11 @@ def count_copies(model: object, inputs: Sequence[object], kwargs: Mapping[str, A
 
 # caches of transformers
 
-CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
+CACHES = ("cache", "past_key_values", "cache_params")  # the argument in transformers 5.24, before, and Mamba's before
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
-    """Return the first cache that is not None among named arguments, in the order of `CACHES` (`cache`,
-    `past_key_values`); None if there is none.
-    """
+    """Return the first cache that is not None among named arguments, in the order of `CACHES`; None without one."""
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 

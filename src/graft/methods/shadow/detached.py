@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.core.errors import AdapterNotFoundError
-from graft.core.rows import count_cached_tokens
+from graft.core.rows import CACHES, count_cached_tokens
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
     from transformers import PreTrainedConfig as Config
 
     from graft.core.method import Tuner
-
-NAMES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 
 
 @cache
@@ -80,7 +78,7 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
         ValueError: the cache holds tokens that the shadow network has not seen.
         NotImplementedError: the cache does not tell its tokens.
     """
-    name = next((n for n in NAMES if kwargs.get(n) is not None), None)
+    name = next((n for n in CACHES if kwargs.get(n) is not None), None)
     if name is None:
         wanted = getattr(getattr(model, "config", None), "use_cache", False) if use_cache is None else use_cache
         return {} if wanted else None
@@ -97,7 +95,7 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
     if seen:
         raise ValueError(
             f"`{name}` holds tokens that the shadow network has not seen. Pass the cache in an output of this "
-            "model, or an empty one."
+            "model, an empty one, or use_cache=False."
         )
     return {}
 
@@ -281,7 +279,7 @@ def find_model_class() -> type[PreTrainedModel]:
                 return SequenceClassifierOutput(loss=loss, logits=logits)
             logits = self.head(hidden[:, -tail:] if isinstance(tail, int) else hidden[:, tail])
             loss = None if labels is None else next_token(logits, labels)
-            name = next((n for n in NAMES if n in out), None)
+            name = next((n for n in CACHES if n in out), None)
             return CausalLMOutputWithPast(loss=loss, logits=logits, **({name: out[name]} if name else {}))
 
     return DetachedShadowModel

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from graft.core.call import Call, in_this_thread
 from graft.core.method import Tuner, return_unchanged
-from graft.core.rows import Run, name_arguments
-from graft.methods.shadow.detached import NAMES, empty, no_cache_for, shadow_loss, unpack, with_cache
+from graft.core.rows import CACHES, Run, name_arguments
+from graft.methods.shadow.detached import empty, no_cache_for, shadow_loss, unpack, with_cache
 from graft.storage.find import find_device_and_dtype
 from graft.storage.fsdp2 import gather_module
 
@@ -128,14 +128,14 @@ class Pass:
         self.tuner, self.names, self.share = tuner, names, run.share
         self.rows = call.rows  # also when a backward pass runs a block again
         self.arguments = name_arguments(tuner.model, args, kwargs)
-        if any(self.arguments.get(name) is not None and kwargs.get(name) is None for name in NAMES):
+        if any(self.arguments.get(name) is not None and kwargs.get(name) is None for name in CACHES):
             raise ValueError(
                 f"SHADOW adapters {list(names)} take a cache apart, and found one among the arguments without a name. "
                 "Pass past_key_values by its name."
             )
         use_cache = self.arguments.get("use_cache")
         why = None if use_cache is False else self.why_no_cache()
-        if why is not None and not use_cache and all(kwargs.get(name) is None for name in NAMES):
+        if why is not None and not use_cache and all(kwargs.get(name) is None for name in CACHES):
             use_cache = False
         self.shadows = unpack(tuner.model, kwargs, use_cache)
         if why is not None and self.shadows is not None:
@@ -184,7 +184,7 @@ class Pass:
         else:
             call_arguments["input_ids"] = ids
         call_arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call_arguments.items()}
-        cache_name = next((n for n in NAMES if n in parameters), None)
+        cache_name = next((n for n in CACHES if n in parameters), None)
         if cache_name is not None:
             call_arguments["use_cache"] = self.shadows is not None
             if self.shadows is not None:

@@ -292,6 +292,8 @@ class AutoPeftModel:
             CheckpointError: the tokenizer next to the adapter cannot be loaded.
             OSError: there is no such base model.
         """
+        from huggingface_hub.errors import HFValidationError
+
         hub = select_hub_keywords(kwargs)
         if revision is not None:
             hub["revision"] = revision
@@ -305,12 +307,10 @@ class AutoPeftModel:
         trusted = kwargs.get("trust_remote_code", False)
         if base_class.__module__.partition(".")[0] == "transformers":  # without the keyword it would ask the user
             kwargs["trust_remote_code"] = trusted
-        adapter_options = {
-            k: kwargs.pop(k) for k in ("allow_nonfinite", "check_digest", "expert_layout") if k in kwargs
-        }
+        options = {k: kwargs.pop(k) for k in ("allow_nonfinite", "check_digest", "expert_layout") if k in kwargs}
         try:
             base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **kwargs)
-        except OSError as e:  # such as a path of the machine that trained
+        except (OSError, HFValidationError) as e:  # such as a path of the machine that trained
             raise OSError(
                 f"The base model '{cfg.base_model_name_or_path}', which the adapter at "
                 f"'{pretrained_model_name_or_path}' names, cannot be loaded ({e}). Load it from where it is now, and "
@@ -319,7 +319,7 @@ class AutoPeftModel:
         cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted, place)
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task, PeftModel)
         return target.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **adapter_options, **place
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **options, **place
         )
 
     @classmethod

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -175,13 +176,14 @@ def _put_per_layer(stack: PromptStack, arguments: dict[str, Any], batch: int) ->
     """
     module: nn.Module = stack.module
     inputs = arguments.get("per_layer_inputs")
+    embeddings = [None] * (len(inspect.signature(module.get_per_layer_inputs).parameters) - 1)  # Gemma 4's takes them
     if inputs is None and arguments.get("input_ids") is not None:
-        inputs = module.get_per_layer_inputs(arguments["input_ids"])
+        inputs = module.get_per_layer_inputs(arguments["input_ids"], *embeddings)
     if inputs is not None:
         padding = torch.full(
             (batch, stack.now.tokens), getattr(stack.config, "pad_token_id", None) or 0, device=inputs.device
         )
-        arguments["per_layer_inputs"] = torch.cat([module.get_per_layer_inputs(padding), inputs], dim=1)
+        arguments["per_layer_inputs"] = torch.cat([module.get_per_layer_inputs(padding, *embeddings), inputs], dim=1)
 
 
 def put_keys(stack: PromptStack, arguments: dict[str, object], cache: object, batch: int) -> None:

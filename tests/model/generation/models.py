@@ -204,7 +204,8 @@ def embedded(model, given: dict) -> dict:
     out = {"inputs_embeds": embeds, "attention_mask": torch.cat([mask.new_ones(len(mask), TOKENS), mask], dim=1)}
     if hasattr(stack, "get_per_layer_inputs"):  # Gemma 3n and 4: for the prompt, those of padding
         padded = nn.functional.pad(ids, (TOKENS, 0), value=model.config.pad_token_id)
-        out["per_layer_inputs"] = stack.get_per_layer_inputs(padded)
+        only = [None] if "gemma4" in stack.config.model_type else []  # without embeddings, which it takes, too
+        out["per_layer_inputs"] = stack.get_per_layer_inputs(padded, *only)
     return out
 
 

@@ -32,4 +32,7 @@ EMBEDDINGS_APART = not_under("transformers", "4", "a T5 has one module for both 
 LATER_EPOCHS = not_under("transformers", "4", "Trainer takes other batches where it resumes within a later epoch")
 FP8_ON_CPUS = not_under("transformers", "4", "it loads weights in FP8 where there is a GPU alone, dequantized, too")
 PLANS = not_under("transformers", "4", "its models ask for autocast on the meta device, where torch has none")
+OWN_CACHES = not_under("transformers", "4", "a model makes itself a cache that tells of no states")
+MASKS_WITHOUT_CACHES = not_under("transformers", "4", "a call without a cache has a mask, and other last bits")
+ADDRESSES_OF_EXPERTS = not_under("transformers", "5.23", "grouped products ask for the address of a stack's weight")
 OPEN_SETTINGS = not_under("transformers", "4", "a GenerationConfig has a default for what it leaves open")

@@ -18,7 +18,7 @@ import graft
 from graft.core.errors import ConfigError, RoutingError, UnsupportedLayerError
 from tests.families import IDS
 from tests.families import base as family
-from tests.leaves_out import FUSED_EXPERTS
+from tests.leaves_out import ADDRESSES_OF_EXPERTS, FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import adapted, checkpoint, seeded
 from tests.raised import refuses
@@ -109,6 +109,7 @@ def test_every_implementation_of_experts_sees_the_sum(how):
 
 
 @pytest.mark.differs("the cost of an adapter on a stack of experts")
+@ADDRESSES_OF_EXPERTS
 @FUSED_EXPERTS
 def test_only_experts_in_use_cost_anything(monkeypatch):
     from graft.kernels.summed import Summed

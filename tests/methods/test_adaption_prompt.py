@@ -16,6 +16,7 @@ from graft.core.effect import Update
 from graft.core.errors import ConfigError, ConfigTypeError, UnsupportedLayerError
 from graft.core.layer import AdapterLayer
 from tests import models
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers
 from tests.models import STD, VOCAB, seeded, transformer
 from tests.pair import json_of, outcome
@@ -370,6 +371,7 @@ def test_generating_with_a_cache_is_a_step_at_a_time(name):
 # compiled, checkpointed, on meta
 
 
+@WHOLE_GRAPHS
 @every
 def test_compiled_whole(name):
     model = opened(adapt(name))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 
 import graft
 from graft.core.errors import UnsupportedLayerError
@@ -85,7 +86,7 @@ def seen(model, batch, block):
     for name, path in (("block", block.path), ("norm", block.norm), ("residual", block.residual)):
         if path is not None:
             handles.append(modules[path].register_forward_hook(hold(name), with_kwargs=True))
-    handles.append(modules[block.mlp].register_forward_hook(lambda _m, _a, y: torch.zeros_like(y)))
+    handles.append(modules[block.mlp].register_forward_hook(lambda _m, _a, y: tree_map(torch.zeros_like, y)))
     model(**batch)
     for handle in handles:
         handle.remove()

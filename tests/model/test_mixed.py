@@ -14,6 +14,7 @@ from graft.core.rows import Run
 from graft.methods import METHODS
 from graft.methods.adalora.allocator import orthogonal_losses
 from tests.covering import Sometimes, law
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import get_registry, layers, merged
 from tests.models import seeded
 from tests.raised import refuses
@@ -307,5 +308,13 @@ def test_a_mixed_model_has_what_the_models_of_its_methods_have():
     model.add_adapter("c", config("VBLORA"))
     alone = graft.get_peft_model(net(), config("VBLORA"), "c")
     assert model.get_nb_savable_parameters("c")[0] == alone.get_nb_savable_parameters("c")[0]
+
+
+@WHOLE_GRAPHS
+def test_a_mixed_model_is_compiled_whole():
+    with seeded(1):
+        model = graft.get_peft_model(net(), config("ADALORA"), "a", mixed=True)
+        model.add_adapter("b", config("VBLORA"))
+    model.set_adapter(["a", "b"])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_close(compiled(X), model(X))

@@ -4,6 +4,8 @@
 import copy
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from graft.storage import float8, stacks
@@ -74,7 +76,8 @@ def fp8(model, block=(16, 24), expert_dtype="fp8", scale_fmt="float"):
     from transformers.integrations.finegrained_fp8 import FP8Experts
 
     for path, dense in blocks(model):
-        experts = FP8Experts(model.config, block, scale_fmt=scale_fmt, expert_dtype=expert_dtype)
+        options = {} if expert_dtype == "fp8" else {"expert_dtype": expert_dtype}
+        experts = FP8Experts(model.config, block, scale_fmt=scale_fmt, **options)
         for name in ("gate_up_proj", "down_proj"):
             getattr(experts, f"{name}_scale_inv").data.fill_(0.03 if expert_dtype == "fp8" else 0.125)
             W = getattr(dense, name).detach()
@@ -114,6 +117,10 @@ KINDS = {
     "fp8-powers": (mixtral, powers),
     "fp4": (mixtral, fp4_experts),
 }
+if Version(transformers.__version__) < Version("5.24"):  # whose class of MXFP4 has another name; FP8's takes no FP4
+    del KINDS["mxfp4"], KINDS["fp4"]
+if not hasattr(torch, "float8_e8m0fnu"):  # torch 2.6
+    del KINDS["fp8-powers"]
 
 
 def both(kind):

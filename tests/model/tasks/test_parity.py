@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from graft.methods import IN_PEFT
@@ -19,7 +20,7 @@ from tests.models import output
 from tests.pair import close, close_dicts, outcome, trainable
 from tests.samples import DRAWS
 
-OLD = int(transformers.__version__.split(".")[0]) < 5  # PEFT may do then what it does not under 5.24
+OLD = Version(transformers.__version__) < Version("5.24")  # PEFT may do then what it does not under 5.24
 DIFFERS = ""  # no error, other values
 
 

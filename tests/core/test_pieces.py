@@ -143,8 +143,8 @@ def compare(exchange, inject, leaves_bias=False):
 
     def act(parallel):
         model = inject(parallel).eval()
-        starts.append({name: graft.get_peft_model_state_dict(model, adapter_name=name) for name in model.peft_config})
-        starts.append(copy.deepcopy(starts.pop()))
+        start = {name: graft.get_peft_model_state_dict(model, adapter_name=name) for name in model.peft_config}
+        starts.append(copy.deepcopy(start))  # before the values change
         for name, tensors in adapters.items():
             graft.set_peft_model_state_dict(model, tensors, name)
         return history(model, x)

@@ -314,7 +314,7 @@ def test_a_mixed_model_has_what_the_models_of_its_methods_have():
 def test_a_mixed_model_is_compiled_whole():
     with seeded(1):
         model = graft.get_peft_model(net(), config("ADALORA"), "a", mixed=True)
-        model.add_adapter("b", config("VBLORA"))
+        model.add_adapter("b", config("ADAMSS", use_asa=True, init_warmup=0, final_warmup=9, mask_interval=9))
     model.set_adapter(["a", "b"])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_close(compiled(X), model(X))

@@ -10,6 +10,7 @@ from torch import nn
 import graft
 from graft.core.errors import CheckpointError, UnsupportedLayerError
 from graft.inject import job, stage
+from graft.inject.parts import find_carriers
 from graft.io.load import CheckpointValues
 from tests import samples
 from tests.models import seeded
@@ -64,6 +65,49 @@ def make_failure(error):
 def test_an_error_of_one_process_is_raised_on_all(error, text):
     with pytest.raises(CheckpointError, match=rf"Rank\(s\) \[0\] cannot load the adapter: .*{text}"):
         FailingTeam(error).run_on_all(lambda: 3)
+
+
+class LaterTeam(stage.ProcessTeam):
+    """Processes as the second of them sees them: a broadcast brings the bytes that the first has sent."""
+
+    def __init__(self):
+        super().__init__(None, None)
+        self.sent = []
+
+    def broadcast(self, data):
+        data.copy_(self.sent.pop(0))
+
+
+class FirstTeam(stage.ProcessTeam):
+    """The same processes as the first of them sees them."""
+
+    def __init__(self, later):
+        super().__init__(None, None)
+        self.later = later
+
+    def broadcast(self, data):
+        self.later.sent.append(data.clone())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sample", samples.BY_THEMSELVES, ids=str)
+def test_all_processes_take_the_values_of_the_first(sample):
+    """Also those that no generator of torch has drawn."""
+    later = LaterTeam()
+    held = []
+    for seed, team in ((1, FirstTeam(later)), (2, later)):
+        with seeded(0):
+            model = nn.Sequential(nn.Linear(10, 6))
+        config = sample.make()
+        config.target_modules = ["0"]
+        model = graft.get_peft_model(model, config)
+        parts = find_carriers(model, "default")[0]
+        with seeded(seed):
+            for t in stage.list_adapter_tensors(parts, "default"):
+                t.data.copy_(torch.rand(t.shape) * 10)
+        stage.synchronize_tensors(parts, "default", team, loads=False)
+        held.append([t.clone() for t in stage.list_adapter_tensors(parts, "default")])
+    assert held[0] and all(map(torch.equal, *held))
 
 
 class Block(nn.Module):

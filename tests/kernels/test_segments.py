@@ -58,6 +58,19 @@ def test_stacked_is_one_by_one(rows, r, out):
     assert all(map(torch.equal, dA, grads[::2])) and all(map(torch.equal, dB, grads[1::2]))
 
 
+def test_a_second_derivative_of_rows_in_another_dtype_than_the_factors():
+    with seeded(0):
+        base, side, x = nn.Linear(INPUT, 32).requires_grad_(False), Side(2, 32, 8), torch.randn(10, INPUT)
+    base, x, found = base.double(), x.double(), []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for row in side.rows for t in row]
+        segments = [Segment(5, A, B, 1.37) for A, B in zip(leaves[::2], leaves[1::2])]
+        gradients = results(base, x, group_segments(segments, None, dtype), leaves)[1]
+        found.append(torch.autograd.grad(sum(g.double().square().sum() for g in gradients), leaves))
+    for narrow, wide in zip(*found):
+        torch.testing.assert_close(narrow.double(), wide, rtol=1e-4, atol=1e-4 * float(wide.abs().max()))
+
+
 def test_a_second_derivative():
     with seeded(0):
         base, side, x = nn.Linear(INPUT, 32).requires_grad_(False), Side(3, 32, 8), torch.randn(15, INPUT)

@@ -124,6 +124,21 @@ def test_reft_of_an_encoder_and_a_decoder_is_refused(tmp_path):
         graft.load_adapter(base("t5"), folder("llama", "loreft", tmp_path / "a"))
 
 
+PRESETS = {
+    "pfeiffer": "seq_bn", "houlsby": "double_seq_bn", "parallel": "par_bn", "plus": "adapter_plus",
+    "compacter": "compacter", "compacterpp": "compacter++", "invertible": "seq_bn_inv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("label, preset", PRESETS.items())
+def test_a_preset_has_the_values_that_it_has_there(label, preset):
+    theirs = said("bert")[label]["config"]
+    ours = graft.BottleneckConfig.preset(preset).to_dict()
+    chosen = {"reduction_factor", "inv_adapter_reduction_factor", "stochastic_depth"}  # the fixtures' own
+    same = ours.keys() & theirs.keys() - chosen
+    assert len(same) > 15 and {k: ours[k] for k in same} == {k: theirs[k] for k in same}
+
+
 def test_a_compacters_file_lacks_what_its_layers_share():
     with pytest.raises(graft.CheckpointError, match=r"phm_rule.*does not save"):
         graft.load_adapter(base("bert"), HERE / "bert" / "compacter")

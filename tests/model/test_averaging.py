@@ -134,7 +134,9 @@ def test_a_sharded_base_merges_after_a_call_that_left_it_whole(group, method):
 
 
 @FSDP2_ON_CPUS
-@pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=["LORA", "DORA"])  # DoRA's start reads weights
+@pytest.mark.parametrize(  # DoRA's start reads weights
+    "more", [{}, {"use_dora": True}, {"bias": "all"}], ids=["LORA", "DORA", "biases"]
+)
 def test_a_base_that_was_called_before_is_frozen_in_both_forms(group, more):
     from torch.distributed.fsdp import fully_shard
 
@@ -145,7 +147,8 @@ def test_a_base_that_was_called_before_is_frozen_in_both_forms(group, more):
     model = graft.get_peft_model(base, graft.LoraConfig(**CONFIG, **more)).train()
     model(x).sum().backward()
     names = [name for name, p in model.named_parameters() if p.requires_grad or p.grad is not None]
-    assert names and all("lora_" in name for name in names)
+    assert names and all("lora_" in name or ("bias" in more and name.endswith("bias")) for name in names)
+    assert any(name.endswith("bias") for name in names) == ("bias" in more)
     base.reshard()
     assert names == [name for name, p in model.named_parameters() if p.requires_grad]
     assert all(p.requires_grad for p in model.unload().parameters())

@@ -90,5 +90,5 @@ def test_draws_on_the_cpu_are_torchs(draw):
 def test_without_values_nothing_is_drawn(draw):
     state = torch.get_rng_state()
     with torch.device("meta"), DrawOnCPU():
-        assert draw().is_meta
+        assert draw().is_meta and torch.rand(2, dtype=torch.float64).dtype == torch.float64
     assert torch.equal(torch.get_rng_state(), state)

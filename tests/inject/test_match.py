@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import graft
-from graft.inject.match import minimize_names
+from graft.inject.match import find_unmatched, minimize_names
 from tests.covering import EVERYTHING
 from tests.pair import outcome
 from tests.trees import tree
@@ -121,3 +121,10 @@ def test_fewest_names_and_refusals_are_pefts(targets, others):
     ours = outcome(lambda: minimize_names(targets, others))
     assert ours.value == theirs.value and type(ours.error) is type(theirs.error)
     assert str(ours.error)[:50] == str(theirs.error)[:50]
+
+
+def test_at_most_two_similar_names_are_said():
+    paths = [f"{block}.{name}" for block in "ab" for name in ("query_a", "query_b", "query_c")]
+    similar = find_unmatched(["query_x", "a.query_a"], {"a.query_a"}, paths)
+    assert list(similar) == ["query_x"]
+    assert [n for _, n in similar["query_x"]] == [2, 2]

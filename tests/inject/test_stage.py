@@ -13,6 +13,7 @@ from graft.inject import job, stage
 from graft.inject.parts import find_carriers
 from graft.io.load import CheckpointValues
 from tests import samples
+from tests.looks import layers
 from tests.models import seeded
 
 
@@ -111,6 +112,15 @@ def test_all_processes_take_the_values_of_the_first(sample):
     assert held[0] and all(map(torch.equal, *held))
 
 
+def test_a_tensor_that_layers_share_is_listed_once():
+    model = nn.Sequential(nn.Linear(10, 6), nn.Linear(10, 6))
+    model = graft.get_peft_model(model, graft.WaveFTConfig(n_frequency=5, target_modules=["0", "1"]))
+    shared, other = (layer.methods["default"].waveft_indices for layer in layers(model).values())
+    assert shared is other
+    listed = [*stage.list_adapter_tensors(find_carriers(model, "default")[0], "default")]
+    assert sum(t is shared for t in listed) == 1
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -157,7 +167,7 @@ TOGETHER = {  # what adapters need of layers on other stages
 FORMS = [((0, 1), lambda: None), ((2, 3), nn.Identity), ((1, 2), PipelineIdentityLayer)]
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore", "error:.* adapts nothing on this stage")
 @pytest.mark.parametrize("sample", samples.BY_THEMSELVES, ids=str)
 def test_a_stage_begins_with_the_values_of_the_whole_model(monkeypatch, sample):
     with seeded(0):

@@ -78,6 +78,17 @@ def test_draws_loss_and_gradients_are_pefts(settings):
         assert_close(ours[2][name], g, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_small_variances_are_pefts():
+    models = [with_monteclora(lib) for lib in LIBS]
+    for model in models:
+        for name, p in model.named_parameters():
+            if "std_prior" in name:
+                p.data.fill_(-9.0)
+    ours, theirs = map(trained_step, models)
+    assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+    assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-5)
+
+
 def test_the_state_after_a_step_is_pefts():
     models = [with_monteclora(lib) for lib in LIBS]
     for model in models:

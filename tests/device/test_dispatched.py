@@ -200,3 +200,15 @@ def test_rows_of_several_adapters():
         outputs.append(logits(model, adapter_names=["b", "__base__", "default"]))
     for here in outputs[1:]:
         equal(here, outputs[0])
+
+
+def test_reft_counts_prompts_by_labels_that_are_on_another_device():
+    config = graft.ReftConfig(r=2, prefix_positions=1, suffix_positions=2, dropout=0.0, task_type="CAUSAL_LM")
+    labels = models.inputs("llama")["input_ids"].clone()
+    labels[:, :2] = -100
+    outputs = []
+    for spread, device in ((lambda model: model, "cpu"), (halves, FIRST)):
+        model = moved_away(adapted(spread(llama()), config, scale=0))
+        outputs.append(logits(model, labels=labels.to(device)))
+        assert not torch.equal(logits(model), outputs[-1])  # without labels all is prompt
+    equal(outputs[1], outputs[0])

@@ -169,6 +169,27 @@ def test_adapters_on_different_parameters_stand_beside_each_other(tmp_path):
     assert type(model.unload()) is type(base("mixtral"))
 
 
+FIRST = {
+    "module": graft.LoraConfig(r=2, target_modules=["0"]),
+    "weight": graft.LoraConfig(r=2, target_parameters=["0.weight"]),
+}
+
+
+@pytest.mark.parametrize("before", FIRST)
+@pytest.mark.parametrize("after", FIRST)
+def test_a_module_is_adapted_after_its_last_adapter_is_deleted(before, after):
+    """By itself or by its parameter, whichever of them was adapted before."""
+    model = graft.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), FIRST[before], "first")
+    model.add_adapter("other", graft.LoraConfig(target_modules=["1"]))
+    model.set_adapter("other")
+    model.delete_adapter("first")
+    model.add_adapter("second", FIRST[after])
+    assert {n for n, _ in model.named_parameters() if ".second." in n} == {
+        f"base_model.model.0.lora_{factor}.second.weight" for factor in "AB"
+    }
+    assert isinstance(model.unload()[0], nn.Linear)
+
+
 @FUSED_EXPERTS
 def test_rank_pattern_names_parameters():
     config = dict(rank_pattern={"experts.down_proj": 5}, alpha_pattern={"experts.down_proj": 10})

@@ -176,10 +176,10 @@ def nest_layers(tree: ModuleTree, path: str, layers: list[AdapterLayer]) -> None
     """Put the layers of several parameters of the module at a path around it and each other, and the outermost into the
     module's places.
 
-    The layer of the module's first parameter is the innermost. Without layers the places get the module back.
+    The layer of the module's first parameter is the innermost.
     """
     inner: nn.Module = innermost(tree.modules[path])
-    for layer in sort_inside_out(layers) if layers else ():
+    for layer in sort_inside_out(layers):
         layer._modules["base_layer"] = inner
         inner = layer
     tree.attach(path, inner)

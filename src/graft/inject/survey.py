@@ -310,7 +310,8 @@ def survey_model(model: nn.Module) -> ModuleTree:
 
     - A carrier with adapters is a leaf: an entry in `layers` or `wrappers`, and its base's parameters are counted. The
       walk enters only a layer around a block, and the base of layers of parameters (`nests`).
-    - A carrier without adapters goes into `vacant`, and the walk continues in its base.
+    - A carrier without adapters goes into `vacant`, and the walk continues in its base. Beside layers of other
+      parameters that have adapters it is left out.
     - A wrapper around the whole model: `root` is the module in it.
     - A module met again gets another place (`again`), no second entry. Entries of None are skipped.
 
@@ -377,8 +378,8 @@ def survey_model(model: nn.Module) -> ModuleTree:
         the inner module the tree's root, or to its children.
         """
         if (carrier := carrier_of(module)) is not None:
-            if nest := list_nested_layers(carrier):
-                add_nest(nest, path)
+            if live := [layer for layer in list_nested_layers(carrier) if layer.adapters]:
+                add_nest(innermost(live[0]), live, path)
             else:
                 add_carrier(carrier, path)
         elif (inner := find_inner_module(module)) is not None:  # the model itself is in a wrapper
@@ -396,16 +397,12 @@ def survey_model(model: nn.Module) -> ModuleTree:
         if layer.state.undo and (tied := merging.find_tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
 
-    def add_nest(nest: list[AdapterLayer], path: str) -> None:
-        """Record the layers of a module's parameters in `tree.nests` and, by their keys, in `tree.layers`.
+    def add_nest(base: nn.Module, live: list[AdapterLayer], path: str) -> None:
+        """Record the layers with adapters of a module's parameters in `tree.nests` and, by their keys, in
+        `tree.layers`.
 
-        Those without adapters are left out. If none has any, `tree.nests` has an empty list and `modules` the module
-        itself at the path. The module's parameters and the weights that merged layers were tied to are counted. Its
-        children are visited.
+        The module's parameters and the weights that merged layers were tied to are counted. Its children are visited.
         """
-        base, live = innermost(nest[0]), [layer for layer in nest if layer.adapters]
-        if not live:
-            modules[path] = base
         tree.nests[path] = live
         tree.layers.update({layer.site.key: layer for layer in live})
         seen[base] = path

@@ -236,6 +236,7 @@ mutations: $(VENV)/.test
 drawn: $(VENV)/.test
 	$(BIN)/python -m tests.drawn --record
 	$(BIN)/python -m tests.drawn $(DRAWN)
+	$(if $(findstring --quick,$(DRAWN)),,$(BIN)/python -m tests.drawn $(DRAWN) --device)
 
 # lives of adapters against a dense reference, as long as SIMULATE="--seconds 600" says; then saves that are killed or race
 simulate: $(VENV)/.test

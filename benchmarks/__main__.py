@@ -66,6 +66,12 @@ def main() -> None:
     console.print(tables.terminal(rows, f"CPU time, medians ± half the interquartile range. {versions}"))
     for what, error in failed.items():
         console.print(f"failed: {what}\n{error}", markup=False)
+    faster = [row.faster for row in rows if row.faster is not None]
+    ahead, behind = sum(r > 1.04 for r in faster), sum(r < 0.96 for r in faster)
+    console.print(
+        f"graft needs at least 4 % less than PEFT in {ahead} of {len(faster)} rows, at least 4 % more in {behind}",
+        highlight=False,
+    )
     if options.json:
         every = len(rows) == len(BENCHES) and not options.quick
         results.write(options.json, rows, versions, every, time.monotonic() - began)

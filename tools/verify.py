@@ -303,7 +303,7 @@ def clean_lines(root: Path, text: str) -> list[str]:
 def summarise(lines: list[str]) -> str:
     """Return the last lines of all runs of pytest in an output, such as "3 passed in 2.1s", else the output's last."""
     counts = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|skipped|errors?)\b.* in \d", line)]
-    return "; ".join(counts) or (lines[-1] if lines else "")
+    return "; ".join(counts) or (lines[-1].strip("─ ") if lines else "")
 
 
 def format_page(root: Path) -> str:

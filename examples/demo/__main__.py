@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.rule(f"{results['seconds']:.0f} s · {args.out / 'demo.png'} · {args.out / 'results.json'}")
     shown = "Two adapters trained on one MiniLM. They gave the same answers after saving, in one batch and merged."
     own, more = "your own texts, `--data spam=FILE.csv`", "a language model, `make demo-lm`"
-    console.print(f"{shown}\nTry next: `graft inspect {folder / 'spam'}`; {own}; {more}.", highlight=False)
+    console.print(f"Try next: `graft inspect {folder / 'spam'}`; {own}; {more}.\n{shown}", highlight=False)
     return results
 
 

@@ -113,10 +113,11 @@ def sentences() -> str:
     run = kept()
     if run is None:
         return "No whole run is recorded yet."
+    share = f"{run.passed:,} of the other {run.counted:,}: {percent(run.passed, run.counted)}"
     return (
-        f"The last whole run was on {run.date}. Of the tests that do not pass, {run.differs:,} want what differs here "
-        f"on purpose, {run.inside:,} test PEFT's inside, and {run.fails:,} fail with PEFT, too. Of the other "
-        f"{run.counted:,} graft passes {run.passed:,}: {percent(run.passed, run.counted)}."
+        f"The last whole run was on {run.date}. Of the tests that do not pass, {run.differs:,} want behavior that "
+        f"differs here on purpose, {run.inside:,} test PEFT's inside, and {run.fails:,} fail with PEFT, too. graft "
+        f"passes {share if run.failed else f'all of the other {run.counted:,}'}."
     )
 
 

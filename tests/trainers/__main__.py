@@ -46,11 +46,15 @@ def main() -> int:
     failed = [case for case, good in equal.items() if good is (case in differs)]
     for case in failed:
         print(f"{case} is {'equal' if equal[case] else 'not equal'}, and was to be other")
-    print(f"{trainer.cases.TITLE}: {len(equal) - len(failed)} passed, {len(failed)} failed")
+    parts = [f"{len(equal) - len(failed)} cases as expected, {len(failed)} not"] if equal else []
     if tests is not None:
         failed += [name for name in tests["PEFT alone"] if name not in differs]
-        print(f"its own tests: {len(tests['both'])} pass, {len(tests['neither'])} do not with PEFT either")
         print(*(f"with PEFT alone passes {name}" for name in tests["PEFT alone"]), sep="\n")
+        parts.append(
+            f"{len(tests['both'])} of its own tests pass, {len(tests['PEFT alone'])} with PEFT alone, "
+            f"{len(tests['neither'])} with neither"
+        )
+    print(f"{trainer.cases.TITLE}: {'; '.join(parts)}")
     return 1 if failed or not (equal or tests) else 0
 
 

@@ -47,16 +47,16 @@ def is_link(path: str) -> bool:
     return stat.S_ISLNK(facts.st_mode) or (junction is not None and getattr(facts, "st_reparse_tag", None) == junction)
 
 
-def check_no_link(folder: str, what: str) -> None:
+def check_no_link(folder: str, contents: str) -> None:
     """Raise CheckpointError if `folder` is a symbolic link or a junction: a downloaded folder may contain one that
     leads elsewhere.
 
     Args:
-        what: names the things to be written there, in the error.
+        contents: names the things to be written there, in the error.
     """
     if is_link(folder):
         raise CheckpointError(
-            f"'{folder}' is a symbolic link, so {what} would be written elsewhere. Remove the link, or save to its "
+            f"'{folder}' is a symbolic link, so {contents} would be written elsewhere. Remove the link, or save to its "
             "target."
         )
 

@@ -154,7 +154,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 @contextmanager
-def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float], what: str) -> Iterator[None]:
+def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float], caller: str) -> Iterator[None]:
     """Multiply the scalings of all adapters of each layer by `factor(path)` within the block.
 
     Begin and end each wait until no call runs, as a change of the model.
@@ -163,18 +163,18 @@ def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float], wh
     scaling that other code has set or overwritten meanwhile (a hot-swap) stays. `layers` must not be empty.
 
     Args:
-        what: name of the caller, for threads that wait.
+        caller: its name, for threads that wait.
     """
     gate, before = next(iter(layers.values())).call.gate, {path: layer.scaling for path, layer in layers.items()}
     marks: dict[str, dict[str, tuple[Any, int]]] = {}
-    with gate.change(what):
+    with gate.change(caller):
         for path, layer in layers.items():  # a new dict, so that the old one can be put back
             layer.scaling = {name: value * factor(path) for name, value in layer.scaling.items()}
             marks[path] = {name: mark_scaling(value) for name, value in layer.scaling.items()}
     try:
         yield
     finally:
-        with gate.change(f"the end of {what}"):
+        with gate.change(f"the end of {caller}"):
             for path, layer in layers.items():
                 same = {name for name, mark in marks[path].items() if is_unchanged(layer.scaling.get(name), mark)}
                 old = before[path]  # a scaling that other code has set meanwhile stays

@@ -550,14 +550,14 @@ class PeftModel(nn.Module):
             with use_copies(call, run.copies, registry.model) if copied else nullcontext():
                 return finish(function(*inputs, **kwargs)), call.context
 
-    def _begin_call(self, what: str, names: Sequence[str] | None) -> AbstractContextManager[object]:
+    def _begin_call(self, call_name: str, names: Sequence[str] | None) -> AbstractContextManager[object]:
         """Return a context that counts as a call of the model by this thread: adapters do not change within it.
 
         Args:
-            what: names the call, for threads that wait.
+            call_name: its name, for threads that wait.
             names: the adapters of the rows; None: the active ones.
         """
-        return self._registry.calling(what, names)
+        return self._registry.calling(call_name, names)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Run the base model's forward and return its output.

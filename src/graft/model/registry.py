@@ -253,23 +253,23 @@ class Registry:
         return fingerprint_carriers(parts, self.model, adapter_name, config, full, together, sample)
 
     def check_base(
-        self, adapter_name: str, of_file: Any, what: str, together: bool = False, common: bool = False
+        self, adapter_name: str, of_file: Any, source: str, together: bool = False, common: bool = False
     ) -> None:
         """Raise BaseModelMismatchError unless a file's fingerprint is of this adapter's base: equal shapes, and equal
         values where both have them.
 
         Args:
-            what: begins the error, such as "The training in x".
+            source: begins the error, such as "The training in x".
             together: as of `fingerprint_base`.
             common: compare the weights that both have; all if one does not name its weights.
 
         Raises:
             CheckpointError: the fingerprint is none.
         """
-        check_fingerprint(of_file, f"{what}: the fingerprint of the base")
+        check_fingerprint(of_file, f"{source}: the fingerprint of the base")
         why = why_other_base(of_file, self.fingerprint_base(adapter_name, together), common)
         if why is not None:
-            raise BaseModelMismatchError(f"{what} was on another base: {why}. Resume it on the base that it had.")
+            raise BaseModelMismatchError(f"{source} was on another base: {why}. Resume it on the base that it had.")
 
     def save_adapter(self, adapter_name: str, folder: str, embeddings: str | bool = "auto") -> None:
         """Write an adapter into `folder` itself, whatever its name, as safetensors with a fingerprint of the base.
@@ -1001,18 +1001,18 @@ class Registry:
         """Whether the model is in training mode."""
         return self.model.training
 
-    def calling(self, what: str, rows: Names = None) -> AbstractContextManager[object]:
+    def calling(self, call_name: str, rows: Names = None) -> AbstractContextManager[object]:
         """Return a context that counts as a call of the model by this thread: nothing changes within it.
 
         Under a compiler it does nothing.
 
         Args:
-            what: names the call, for threads that wait.
+            call_name: its name, for threads that wait.
             rows: the adapters that the rows of a mixed batch name; None: the active ones.
         """
         if torch.compiler.is_compiling():
             return nullcontext()
-        return self.call.gate.call(what, self._names_used if rows is None else lambda: rows)
+        return self.call.gate.call(call_name, self._names_used if rows is None else lambda: rows)
 
     def _names_used(self) -> tuple[str, ...]:
         """Return the names that a call without names of rows uses: those of the active adapters, and a mark for the

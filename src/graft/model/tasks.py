@@ -58,20 +58,20 @@ class _Classification(_WithHead):
         self._set_labels(self._width(self._head()))
 
     @contextmanager
-    def _begin_call(self, what: str, names: Sequence[str] | None) -> Iterator[None]:
+    def _begin_call(self, call_name: str, names: Sequence[str] | None) -> Iterator[None]:
         """Begin a call of the adapters `names` as the base class does.
 
         If it needs another number of labels than the model has, that call ends first. Then wait until no other call
         runs and begin again as the only one: all calls read the same config. Within that call the config has the number
         of the head that runs; at its end, also after an error, that of the active head.
         """
-        with super()._begin_call(what, names):
+        with super()._begin_call(call_name, names):
             if not self._needs_other_labels(names):
                 yield
                 return
         with (
-            self._registry.call.gate.change(f"{what} of a head with other labels", ()),
-            super()._begin_call(what, names),
+            self._registry.call.gate.change(f"{call_name} of a head with other labels", ()),
+            super()._begin_call(call_name, names),
         ):
             self._set_labels(self._labels_of(names))
             try:

@@ -4,6 +4,7 @@
 import copy
 import pickle
 import re
+import warnings
 from types import SimpleNamespace
 
 import peft
@@ -657,6 +658,27 @@ def test_old_names_where_a_renaming_also_fits_todays_path(monkeypatch):
     config = graft.LoraConfig(r=2, target_modules=["w2"])
     model = graft.get_peft_model(net, config)
     assert config.target_parameters == {"down"} and [*layers(model)] == ["inner.layers.0.experts.down"]
+
+
+@FUSED_EXPERTS
+@pytest.mark.parametrize(
+    "targets", [["experts.1.w2"], ["experts.1.w2", "experts.3.w2"], r".*experts\.[01]\.w2"], ids=str
+)
+def test_a_stack_is_adapted_whole_though_some_experts_are_named(targets):
+    """As with PEFT, which does not say so; the stack holds these experts' matrices among the others."""
+    with pytest.warns(
+        graft.PeftWarning, match=r"All experts of model\.layers\.0\.mlp\.experts\.down_proj, .* are adapt"
+    ):
+        model = graft.get_peft_model(base("mixtral"), graft.LoraConfig(r=2, target_modules=targets))
+    assert {path.rpartition(".")[2] for path in layers(model)} == {"down_proj"}
+
+
+@FUSED_EXPERTS
+@pytest.mark.parametrize("targets", [["w2"], [f"experts.{e}.w2" for e in range(4)], r".*experts\.\d+\.w2"], ids=str)
+def test_all_experts_of_a_stack_are_named(targets):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graft.get_peft_model(base("mixtral"), graft.LoraConfig(r=2, target_modules=targets))
 
 
 @FUSED_EXPERTS

@@ -152,13 +152,6 @@ def test_experts_are_targets_by_their_old_names(kind):
     assert of_experts or any("leaves the experts out" in text and "target_parameters=['" in text for text in said)
 
 
-def test_a_target_may_have_the_number_of_any_expert():
-    """The stack holds that expert's matrix among the others."""
-    config = graft.LoraConfig(target_modules=["experts.1.w2"])
-    model = graft.get_peft_model(base("mixtral"), config)
-    assert model.peft_config["default"].target_parameters == {"down_proj"}
-
-
 @FAMILIES
 def test_files_go_both_ways(kind, tmp_path):
     """The same tensors and the same output, whichever library wrote the file and whichever reads it."""

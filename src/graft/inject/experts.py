@@ -66,7 +66,7 @@ class ExpertStacks:
         self.model, self.tree = model, survey_model(model) if tree is None else tree
         self.renamings: list[WeightRenaming] = []
         self.converters: list[WeightConverter] = []
-        self.by_peft = False  # PEFT rewrites configs by these conversions
+        self.by_peft = is_rewritten_by_peft(model)
         self.names: set[str] = set()  # old names of the parts, and of the router
         if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
             return
@@ -81,7 +81,6 @@ class ExpertStacks:
             conversions = mapping_module.get_checkpoint_conversion_mapping(model_type(model)) or []
         self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self.converters = [c for c in conversions if is_merge_of_modules(c)]
-        self.by_peft = is_rewritten_by_peft(model)
         self.names = {read_part_name(p) for c in self.converters for p in c.source_patterns} | {ROUTER}
 
     @cached_property
@@ -201,6 +200,7 @@ class UnreachedTargets:
     stacks: list[ExpertStack] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)  # paths
     names: set[str] = field(default_factory=set)  # entries of target_modules that mean experts
+    whole_text: str = ""  # a warning about stacks that are adapted whole, though the config names some experts
 
     @property
     def experts_text(self) -> str:
@@ -280,6 +280,9 @@ def convert_expert_targets(
                 f"Cannot convert PEFT target(s) {', '.join(parts)} without also targeting {', '.join(missing)} because "
                 f"they are fused into {stack.parameter}."
             )
+    whole = [s.path for s, parts in parts_by_stack.items() if any(chosen.is_numbered(s, part) for part in parts)]
+    if whole and keys is None:
+        unreached.whole_text = f"All experts of {', '.join(whole)} are adapted, not only the numbers in target_modules."
     weights = [path for path in moved if is_weight_plain(tree.modules[path], path, tree)]
     unreached.layers = [path for path in moved if path not in weights]
     convert_patterns(cfg, parts_by_stack, weights, tree)
@@ -307,9 +310,8 @@ class ExpertTargets:
         self.cfg, self.experts, self.tree = cfg, experts, experts.tree
         self.matcher = Matcher(cfg)
         self.regex = isinstance(cfg.target_modules, str)
-        self.linear: set[str] | None = None
-        if self.regex and cfg.target_modules.lower() == ALL_LINEAR:
-            self.linear = list_linear_layers(cfg, experts.model, self.tree.modules)
+        is_all = self.regex and cfg.target_modules.lower() == ALL_LINEAR
+        self.linear = list_linear_layers(cfg, experts.model, self.tree.modules) if is_all else None
 
     def is_chosen(self, path: str) -> bool:
         """Return True if the config targets a path; for "all-linear", if it is that of a linear layer."""
@@ -322,6 +324,11 @@ class ExpertTargets:
         if self.linear is not None:
             return [*stack.parts]
         return [part for part in stack.parts if any(map(self.is_chosen, self._list_paths(stack, part)))]
+
+    def is_numbered(self, stack: ExpertStack, part: str) -> bool:
+        """Return True if the config targets a part by the numbers of some experts of a stack, not of all."""
+        parents = {path.split(".")[-2] for path in self._list_paths(stack, part) if self.is_chosen(path)}
+        return self.linear is None and parents < {*map(str, range(stack.size))}
 
     def is_unnamed(self, stack: ExpertStack) -> bool:
         """Return True if `target_modules` chooses a part of a stack, by an old or present path, and `target_parameters`
@@ -372,8 +379,7 @@ class ExpertTargets:
         numbers: Iterable[int] = range(stack.size)
         if not self.regex and not any(part.isdigit() for t in self.cfg.target_modules for part in t.split(".")):
             numbers = (0,)
-        blocks = dict.fromkeys((stack.module, self.experts.find_old_path(stack.module)))
-        for block in blocks:
+        for block in dict.fromkeys((stack.module, self.experts.find_old_path(stack.module))):
             yield f"{block}.{name}"
             for number in numbers:
                 yield f"{block}.{number}.{name}"

@@ -187,12 +187,10 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
     for key, module in tree.modules.items():
         if key in tree.absent:
             continue
-        if matcher is not None:
-            verdict = matcher(key)
-        else:
+        if matcher is None:
             verdict = Verdict("matched" if key in chosen else "untargeted", key)
-        if job.steps is not None and matcher is not None:
-            verdict = job.steps.decide(key, verdict)
+        else:
+            verdict = matcher(key) if job.steps is None else job.steps.decide(key, matcher(key))
         if key in job.tied and verdict.outcome == "matched":  # by a regex; `adapt_tied_modules` adapts it later
             verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict
@@ -240,17 +238,16 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
         )
     elif matcher is not None:
         report_matches(job, matcher, outcomes, parameters, unreached)
-        if unreached.stacks or unreached.layers:
+        if unreached.stacks or unreached.layers or unreached.whole_text:
             warn_of_unreached(unreached, tree, report)
 
 
 def warn_of_unreached(unreached: UnreachedTargets, tree: ModuleTree, report: InjectReport) -> None:
-    """Give one warning (PeftWarning) for expert stacks and one for layers that the config does not reach, if there are
-    any, each with the adapter's name.
+    """Warn (PeftWarning) of expert stacks and layers that the config does not reach, and of stacks adapted whole.
 
-    The report gets each stack and layer in `skipped`, with the remedy.
+    The report gets each stack and layer that is not reached in `skipped`, with the remedy.
     """
-    for text in filter(None, (unreached.experts_text, unreached.layers_text)):
+    for text in filter(None, (unreached.experts_text, unreached.layers_text, unreached.whole_text)):
         warn(f"{text} Adapter '{report.adapter}'.", PeftWarning)
     how = "an expert's matrix is no module: name {} in target_parameters"
     report.skipped += [Skipped(s.path, "Parameter", how.format(s.parameter)) for s in unreached.stacks]

@@ -66,15 +66,13 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
             )
         cfg.target_modules = defaults if isinstance(defaults, str) else set(defaults)
     if isinstance(cfg.target_modules, str):
-        if cfg.target_modules.lower() == ALL_LINEAR:
-            cfg.target_modules = list_linear_layers(cfg, model, modules)
-        else:
+        if cfg.target_modules.lower() != ALL_LINEAR:
             return
+        cfg.target_modules = list_linear_layers(cfg, model, modules)
     if len(cfg.target_modules) >= COMPRESS_FROM and method.compresses_targets:
         ends = TargetNames(cfg.target_modules)
         shorter = minimize_names(cfg.target_modules, [k for k in modules if ends.find(k) is None])
-        if len(shorter) < len(cfg.target_modules):
-            cfg.target_modules = shorter
+        cfg.target_modules = min(cfg.target_modules, shorter, key=len)
 
 
 def list_linear_layers(cfg: PeftConfig, model: object, modules: dict[str, nn.Module]) -> set[str]:

@@ -41,5 +41,5 @@ def test_damaged_and_forged_files(first):
     words = ("--kinds", "files", "--first", first, "--n", 2000 if EVERYTHING else 200)
     done = fresh.run("-W", "ignore", "-m", "tests.trust.fuzz", *words, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = {line.partition(":")[0]: json.loads(re.search(r"{.*}", line)[0]) for line in done.stdout.splitlines()[:-1]}
+    counts = {kind: json.loads(found) for kind, found in re.findall(r"(?m)^(\w+): ({.*})$", done.stdout)}
     assert set(counts) == set(KINDS) and all(set(found) == set(GOOD) for found in counts.values())

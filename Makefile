@@ -234,7 +234,8 @@ mutations: $(VENV)/.test
 
 # a hundred changes of the package that a seed draws, against the default tests, or DRAWN=--quick against `make quick`'s
 drawn: $(VENV)/.test
-	$(BIN)/python -m tests.drawn --record
+	mkdir -p out/drawn
+	$(BIN)/python -m tests.drawn --record > out/drawn/record.log || (tail -n 40 out/drawn/record.log; exit 1)
 	$(BIN)/python -m tests.drawn $(DRAWN)
 	$(if $(findstring --quick,$(DRAWN)),,$(BIN)/python -m tests.drawn $(DRAWN) --device)
 

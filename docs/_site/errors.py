@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Links from what a function raises to the page of errors, whatever the function's own file imports."""
+"""Links from the errors in a docstring to the page of errors; the module need not import them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields of configs in the API reference: a table of name, type, what the comment beside it says, and default."""
+"""Fields of configs in the API reference: a table of name, type, the text of its comment, and default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import griffe
 
-COMMON = "PeftConfig"  # whose fields every config has: its own entry lists them, once
+COMMON = "PeftConfig"  # every config has its fields: only its entry lists them
 parse = cache(ast.parse)  # a module has several dataclasses, and each reads those above it
 
 
@@ -18,8 +18,8 @@ class Fields(griffe.Extension):
     """Write the fields of each dataclass into its docstring, as a Google-style section."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
-        for cls in classes(pkg):
-            lines = list(table(cls))
+        for cls in list_classes(pkg):
+            lines = list(list_field_lines(cls))
             if lines and cls.docstring is not None and "Attributes:" not in cls.docstring.value:
                 before, raises, after = cls.docstring.value.rstrip().partition("\n\nRaises:")
                 cls.docstring.value = "\n".join([before, "", "Attributes:", *lines]) + raises + after
@@ -32,53 +32,54 @@ class Fields(griffe.Extension):
                 parameter.default = repr(getattr(module, parameter.default.name))
 
 
-def classes(module: griffe.Module) -> list[griffe.Class]:
-    """Classes of the module and of those below it."""
-    found = []
+def list_classes(module: griffe.Module) -> list[griffe.Class]:
+    """Return the classes of a module and of the modules below it."""
+    classes = []
     for member in module.members.values():
         if member.is_alias:
             continue
         if isinstance(member, griffe.Class):
-            found.append(member)
+            classes.append(member)
         elif isinstance(member, griffe.Module):
-            found += classes(member)
-    return found
+            classes += list_classes(member)
+    return classes
 
 
-def table(cls: griffe.Class) -> list[str]:
+def list_field_lines(cls: griffe.Class) -> list[str]:
+    """Return a line for each field of a dataclass, its own first, then inherited ones; none for another class."""
     if not is_dataclass(cls):
         return []
     rows: dict[str, str] = {}
     for owner in (cls, *cls.mro()):
         if owner.name != COMMON or cls.name == COMMON:
-            rows = own(owner) | rows  # a field that a class declares anew is that class's
-    names = [name for owner in (cls, *cls.mro()) for name in own(owner) if name in rows]  # its own ones first
-    return [rows[name] for name in dict.fromkeys(names)]
+            rows = read_field_lines(owner) | rows  # a field that a class declares anew is that class's
+    names = [name for owner in (cls, *cls.mro()) for name in read_field_lines(owner)]  # its own ones first
+    return [rows[name] for name in dict.fromkeys(names) if name in rows]
 
 
 def is_dataclass(cls: griffe.Class) -> bool:
     return any("dataclass" in str(decorator.value) for decorator in cls.decorators)
 
 
-def own(cls: griffe.Class) -> dict[str, str]:
-    """The fields that a class body declares: a line for each, by name."""
+def read_field_lines(cls: griffe.Class) -> dict[str, str]:
+    """Return a line for each field that a class body declares, by name."""
     lines: list[str] = cls.module.lines_collection[cls.module.filepath]
     body = parse("\n".join(lines)).body
-    (found,) = [node for node in body if isinstance(node, ast.ClassDef) and node.name == cls.name]
-    nodes = [n for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    (definition,) = [node for node in body if isinstance(node, ast.ClassDef) and node.name == cls.name]
+    nodes = [n for n in definition.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
     rows = {}
     for node in nodes:
         name, kind = ast.unparse(node.target), ast.unparse(node.annotation)
         if name.startswith("_") or kind.startswith("ClassVar"):
             continue
-        said = comment(lines, node)
-        default = "" if node.value is None else f"Default: `{shown(node.value)}`."
-        rows[name] = f"    {name} ({kind}): {said} {default}".rstrip()
+        text = read_comment(lines, node)
+        default = "" if node.value is None else f"Default: `{format_default(node.value)}`."
+        rows[name] = f"    {name} ({kind}): {text} {default}".rstrip()
     return rows
 
 
-def comment(lines: list[str], node: ast.AnnAssign) -> str:
-    """What stands behind `#` in the lines of a field, and in lines below it that are nothing else."""
+def read_comment(lines: list[str], node: ast.AnnAssign) -> str:
+    """Return the comment of a field: in its lines, and in the lines of comments below it. "" if there is none."""
     first, last = node.lineno - 1, node.end_lineno or node.lineno
     parts = [line.rpartition("  # ")[2] for line in lines[first:last] if "  # " in line]
     if parts:
@@ -93,6 +94,7 @@ def comment(lines: list[str], node: ast.AnnAssign) -> str:
     return text.rstrip(".") + "."
 
 
-def shown(value: ast.expr) -> str:
+def format_default(value: ast.expr) -> str:
+    """Return the text of a default; an empty container replaces its factory."""
     text = ast.unparse(value)
     return {"field(default_factory=dict)": "{}", "field(default_factory=list)": "[]"}.get(text, text)

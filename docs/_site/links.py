@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\[([^\]\n]+)\]\((\.\./[^)\s]*)\)")
 
 
-def address() -> str | None:
-    """Where the repository can be read, as pyproject.toml says; None if it does not."""
+def find_address() -> str | None:
+    """Return the address of the repository's files, by pyproject.toml; None if it has none."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
     found = urls.get("Repository") or urls.get("Source")
     return f"{found.rstrip('/')}/blob/main" if found else None
@@ -33,7 +33,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         path = posixpath.normpath(posixpath.join("docs", folder, target))
         if path.startswith("docs/"):
             return match[0]
-        where = address()
+        where = find_address()
         return f"[{text}]({where}/{path})" if where else text
 
     return LINK.sub(point, markdown)
